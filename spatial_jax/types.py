@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Array annotations used across the library."""
 
-from __future__ import annotations
-
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
-if TYPE_CHECKING:
+# Data workers must start without jax: the alias names jax.Array only where
+# jax is there already. Annotations are checked in tests, which import it first.
+if TYPE_CHECKING or "jax" in sys.modules:
   import jax
 
   Array = jax.Array | np.ndarray
 else:
-  try:
-    import sys
-
-    # Data workers must not import jax: the alias widens only once jax is there.
-    Array = sys.modules["jax"].Array | np.ndarray
-  except KeyError:
-    Array = np.ndarray
+  Array = np.ndarray
 
 Batch = dict[str, Array]
 
-__all__ = ["Array", "Batch", "Bool", "Float", "Int"]
+__all__ = ["Array", "Batch", "Bool", "Float", "Int", "UInt8"]
