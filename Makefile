@@ -49,7 +49,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	@[ "$$($(BIN)/python -c '$(PRINT_VERSION)' 2>/dev/null)" = "$(VERSION)" ] || \
 	  $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
 	@$(INSTALL) -e .
 	@touch $@
 
@@ -57,7 +57,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 # passes over. The marker that says which Pythons get it is in pyproject.toml.
 $(TESTED): $(RUNTIME)
 	@echo "Installing what the tests need ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  "torch==2.13.0; python_version < '3.12'"
 	@$(INSTALL) -e ".[test]"
 	@touch $@

@@ -27,7 +27,11 @@ import jaxtyping
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Every annotation of the package is checked at each call, in tests only.
-jaxtyping.install_import_hook("spatial_jax", "beartype.beartype")
+# An int passes for a float, as type checkers have it.
+jaxtyping.install_import_hook(
+  "spatial_jax",
+  "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 
 def pytest_addoption(parser):
