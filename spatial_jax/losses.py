@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of token predictions.
+
+Letters: B batch, T length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from spatial_jax.types import Array, Float, Int
+
+Metrics = dict[str, Array]
+
+
+def token_losses(
+  logits: Float[Array, "*b V"], labels: Int[Array, "*b"]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+  """Cross-entropy and correctness (0 or 1) of each prediction, in float32."""
+  logits = logits.astype(jnp.float32)
+  # A comparison with iota instead of a gather: its gradient is no scatter, and
+  # a sharded vocabulary stays sharded.
+  hit = jnp.arange(logits.shape[-1]) == labels[..., None]
+  chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+  cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
+  correct = (chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+  return cross_entropy, correct
+
+
+def next_token(
+  logits: Float[Array, "B T V"],
+  labels: Int[Array, "B T"],
+  weight: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Metrics]:
+  """sum(weight * cross-entropy) / sum(weight); labels are already shifted."""
+  return _reduce(*token_losses(logits, labels), weight)
+
+
+def next_token_chunked(
+  hidden: Float[Array, "B T D"],
+  kernel: Float[Array, "D V"],
+  labels: Int[Array, "B T"],
+  weight: Float[Array, "B T"],
+  chunks: int,
+) -> tuple[Float[Array, ""], Metrics]:
+  """`next_token` that never holds the logits of more than T / chunks tokens."""
+  B, T, D = hidden.shape
+  if T % chunks:
+    raise ValueError(
+      f"a length of {T} tokens cannot be cut in {chunks} equal loss chunks; "
+      "set model.loss_chunks to a divisor"
+    )
+
+  @jax.checkpoint
+  def chunk(_, inputs):
+    hidden, labels = inputs
+    logits = hidden.reshape(-1, D) @ kernel.astype(hidden.dtype)
+    return None, token_losses(logits.reshape(*labels.shape, -1), labels)
+
+  def split(x):
+    return jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
+
+  _, parts = jax.lax.scan(chunk, None, (split(hidden), split(labels)))
+  joined = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in parts)
+  return _reduce(*joined, weight)
+
+
+def _reduce(cross_entropy, correct, weight):
+  weight = weight.astype(jnp.float32)
+  # The floor only serves batches without any label: they give 0, not NaN.
+  total = jnp.maximum(jnp.sum(weight), 1e-9)
+  loss = jnp.sum(cross_entropy * weight) / total
+  accuracy = jnp.sum(correct * weight) / total
+  return loss, {"loss": loss, "accuracy": accuracy}

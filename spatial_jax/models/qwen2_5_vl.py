@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-VL: image or video patches and text in, text out.
+
+Paper: https://arxiv.org/abs/2502.13923. Weights: Qwen/Qwen2.5-VL-{3B,7B,32B,
+72B}-Instruct.
+patches -> vit -> merged tokens -> in place of the image tokens' embeddings ->
+llm with (t, h, w) positions -> logits.
+
+Departures from the paper:
+1. Patches are part of the batch's rows: the k-th image token of a row takes the
+   k-th merged token of the same row, so that rows never mix and a batch can be
+   sharded without communication.
+2. Positions come with the batch (`data.positions`), as do the index arrays of
+   images of different sizes (`data.vision.layout`); with a static `grid` no
+   index arrays are needed.
+3. The "demo" variant adds learned position and frame embeddings to the vision
+   tower; see there.
+
+Letters: B batch, T length, P patches, M merged tokens, C patch values, D width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax import losses
+from spatial_jax.models import llm, qwen_vit
+from spatial_jax.types import Array, Bool, Float, Int
+
+Out = dict[str, Any]
+
+PARTS = {"vit": qwen_vit.Model, "llm": llm.Model}
+
+
+def _published(size, **vit):
+  decoder = llm.VARIANTS[f"qwen2.5-{size}"]
+  return {"vit": {"out_width": decoder["width"], **vit}, "llm": decoder}
+
+
+VARIANTS = {
+  "3b": _published("3b"),
+  "7b": _published("7b"),
+  # The two large ones have a wider MLP in the vision tower.
+  "32b": _published("32b", mlp=3456),
+  "72b": _published("72b", mlp=3456),
+  # Small enough for parity tests: windows that the border cuts, grouped heads.
+  "tiny": {
+    "vit": {
+      "width": 32,
+      "layers": 4,
+      "heads": 2,
+      "mlp": 48,
+      "out_width": 64,
+      "patch": 4,
+      "window": 16,
+      "full_layers": (1, 3),
+    },
+    "llm": {
+      "vocab": 128,
+      "width": 64,
+      "layers": 3,
+      "heads": 4,
+      "kv_heads": 2,
+      "mlp": 96,
+      "tied": False,
+      "sections": (2, 3, 3),
+    },
+    "image_token": 120,
+    "video_token": 121,
+  },
+  # Learns rooms from scratch on two CPU cores: 4 frames of 64 x 64 pixels.
+  "demo": {
+    "vit": {
+      "width": 96,
+      "layers": 3,
+      "heads": 3,
+      "mlp": 256,
+      "out_width": 128,
+      "patch": 8,
+      "temporal_patch": 1,
+      "window": 0,
+      "theta": 100.0,
+      "position_table": (8, 8),
+      "frame_table": 4,
+    },
+    "llm": {
+      "vocab": 512,
+      "width": 128,
+      "layers": 6,
+      "heads": 4,
+      "kv_heads": 4,
+      "mlp": 352,
+      "tied": False,
+      "theta": 1000.0,
+      "sections": (1,) * 16,  # t h w t h w ...: all axes at all scales
+      "one_hot": True,
+    },
+    "grid": (4, 8, 8),
+    "image_token": 1,
+    "video_token": 1,
+  },
+}
+
+
+class Model(nn.Module):
+  """Vision tower and decoder; see the module docstring."""
+
+  vit: Mapping[str, Any]
+  llm: Mapping[str, Any]
+  grid: tuple[int, int, int] | None = None  # frames, h, w in patches, per row
+  image_token: int = 151655
+  video_token: int = 151656
+  dtype: str = "float32"
+  remat: str = "none"
+  loss_chunks: int = 0  # over the length; 0: all logits at once
+
+  def setup(self) -> None:
+    shared = {"dtype": self.dtype, "remat": self.remat}
+    self._vit = qwen_vit.Model(**{**shared, **self.vit}, name="vit")
+    self._llm = self._decoder(name="llm")
+
+  def _decoder(self, **kwargs) -> llm.Model:
+    shared = {"dtype": self.dtype, "remat": self.remat}
+    return llm.Model(**{**shared, **self.llm}, **kwargs)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B 3 T"],
+    segments: Int[Array, "B T"],
+    shared: Bool[Array, "B T"] | None = None,
+    patches: Float[Array, "B P C"] | None = None,
+    layout: dict[str, Array] | None = None,
+    cache: llm.Cache | None = None,
+    *,
+    last: Int[Array, B] | None = None,
+    train: bool = False,
+  ) -> tuple[Float[Array, "B T V"], Out]:
+    """Logits and named intermediates.
+
+    `out` holds "vit/tokens" [B P Dv], "vit/merged" [B M D], "llm/embedding"
+    [V D], "llm/blocks" [L B T D] (the residual stream after each block) and
+    "llm/hidden" [B T D] (after the last norm). See `llm.Model` for the rest.
+    """
+    del train  # no dropout
+    embeddings, out = self._llm.embed(tokens), {}
+    if patches is not None:
+      merged, out = self.encode(patches, layout)
+      is_image = (tokens == self.image_token) | (tokens == self.video_token)
+      embeddings = place(
+        embeddings, merged, is_image, one_hot=self._llm.one_hot
+      )
+    logits, more = self._llm(
+      tokens,
+      positions,
+      segments,
+      shared,
+      cache,
+      embeddings=embeddings,
+      last=last,
+    )
+    return logits, {**out, **more}
+
+  def encode(
+    self,
+    patches: Float[Array, "B P C"],
+    layout: dict[str, Array] | None = None,
+  ) -> tuple[Float[Array, "B M D"], Out]:
+    """Vision tower alone: merged tokens and intermediates."""
+    grid = self.grid if layout is None else None
+    return self._vit(patches, grid and tuple(grid), layout)
+
+  def init_cache(self, batch: int, length: int) -> llm.Cache:
+    """Empty decoder cache; callable without parameters."""
+    return self._decoder(parent=None).init_cache(batch, length)
+
+
+def place(
+  embeddings: Float[Array, "B T D"],
+  merged: Float[Array, "B M D"],
+  is_image: Bool[Array, "B T"],
+  *,
+  one_hot: bool = False,
+) -> Float[Array, "B T D"]:
+  """Writes the k-th merged token of a row at the row's k-th image token."""
+  index = jnp.cumsum(is_image, axis=1) - 1
+  index = jnp.clip(index, 0, merged.shape[1] - 1)
+  if one_hot:
+    hot = jax.nn.one_hot(index, merged.shape[1], dtype=merged.dtype)
+    image = jnp.einsum("btm,bmd->btd", hot, merged)
+  else:
+    image = jnp.take_along_axis(merged, index[..., None], axis=1)
+  return jnp.where(is_image[..., None], image, embeddings)
+
+
+def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
+  """What `Model` takes of a batch; keys "layout/..." become one dict."""
+  names = ("tokens", "positions", "segments", "shared", "patches")
+  kwargs = {name: batch[name] for name in names if name in batch}
+  layout = {
+    key.removeprefix("layout/"): value
+    for key, value in batch.items()
+    if key.startswith("layout/")
+  }
+  return {**kwargs, "layout": layout} if layout else kwargs
+
+
+def loss(
+  model: Model,
+  params: Any,
+  batch: Mapping[str, Array],
+  *,
+  rngs: Any = None,
+  train: bool = True,
+) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
+  """Weighted next-token loss, (metrics, intermediates)."""
+  logits, out = model.apply(
+    {"params": params}, **arguments(batch), train=train, rngs=rngs
+  )
+  labels, weight = batch["labels"], batch["loss_weight"]
+  if model.loss_chunks:
+    # The whole logits are not used then, so that jit never computes them.
+    kernel = llm.head_kernel(params["llm"])
+    value, metrics = losses.next_token_chunked(
+      out["llm/hidden"], kernel, labels, weight, model.loss_chunks
+    )
+  else:
+    value, metrics = losses.next_token(logits, labels, weight)
+  return value, (metrics, out)
+
+
+def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
+  """Static batch: `config.batch_size` rows of `config.data.length` tokens.
+
+  Patches are there when the model has a static grid; a row of images of any
+  size says how many by `config.data.layout`, keyword arguments of
+  `data.vision.layout_shapes`.
+  """
+  from spatial_jax import models
+
+  model, _ = models.build(config)
+  B, T = config.batch_size, config.data.length
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct((B, *shape), dtype)
+
+  inputs = {
+    "tokens": array(jnp.int32, T),
+    "positions": array(jnp.int32, 3, T),
+    "segments": array(jnp.int32, T),
+    "shared": array(jnp.bool_, T),
+    "labels": array(jnp.int32, T),
+    "loss_weight": array(jnp.float32, T),
+  }
+  patch_dim = qwen_vit.Model(**model.vit).patch_dim
+  if model.grid:
+    count = math.prod(model.grid)
+    inputs["patches"] = array(jnp.float32, count, patch_dim)
+  return inputs

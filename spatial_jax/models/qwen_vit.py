@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5-VL's vision transformer: patches -> blocks -> 2x2 merge -> tokens.
+
+Paper: https://arxiv.org/abs/2502.13923. Weights: the `visual.*` tensors of
+Qwen/Qwen2.5-VL-*.
+patches [B P C] -> linear -> L x (RMSNorm, attention, RMSNorm, SwiGLU) ->
+merger: RMSNorm, four patches side by side, MLP -> [B P/4 out_width].
+
+Patches come in the processor's order: frame, merge row Y, merge column X, then
+the 2x2 patches of the merge group. Attention is full within a frame in a few
+layers and within square windows of a frame elsewhere, always by rearranging
+the patches into (windows, patches), never by a mask over all of them.
+
+Two ways to say what the patches are:
+* `grid=(frames, h, w)`, static, the same for all rows: reshapes and constants.
+* `layout`, arrays that `data.vision.layout` made: images of any sizes, padded.
+
+Departures from the paper, all off in the published sizes: a learned table of
+patch positions (rotary embedding alone tells no token where it is) and learned
+frame embeddings, added to the patches and to the merged tokens.
+
+Letters: B batch, P patches, R rows of attention, S patches in such a row,
+D width, N heads, H head dim, h w patch grid, Y X merge grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from spatial_jax.models.llm import remat
+from spatial_jax.nn import rope
+from spatial_jax.nn.attention import attention
+from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm
+from spatial_jax.types import Array, Float
+
+Grid = tuple[int, int, int]
+Out = dict[str, Any]
+
+KEYS = (
+  ("patch_embed.proj.weight", "patch_embed/kernel"),
+  *(
+    (f"blocks.{{i}}.{theirs}", f"blocks/{ours}")
+    for theirs, ours in (
+      ("norm1.weight", "attention_norm/scale"),
+      ("attn.qkv.weight", "qkv/kernel"),
+      ("attn.qkv.bias", "qkv/bias"),
+      ("attn.proj.weight", "out/kernel"),
+      ("attn.proj.bias", "out/bias"),
+      ("norm2.weight", "mlp_norm/scale"),
+      ("mlp.gate_proj.weight", "mlp/gate/kernel"),
+      ("mlp.gate_proj.bias", "mlp/gate/bias"),
+      ("mlp.up_proj.weight", "mlp/up/kernel"),
+      ("mlp.up_proj.bias", "mlp/up/bias"),
+      ("mlp.down_proj.weight", "mlp/down/kernel"),
+      ("mlp.down_proj.bias", "mlp/down/bias"),
+    )
+  ),
+  ("merger.ln_q.weight", "merger/norm/scale"),
+  ("merger.mlp.0.weight", "merger/up/kernel"),
+  ("merger.mlp.0.bias", "merger/up/bias"),
+  ("merger.mlp.2.weight", "merger/down/kernel"),
+  ("merger.mlp.2.bias", "merger/down/bias"),
+)
+
+
+class Block(nn.Module):
+  """One layer, shaped for a scan over (x, is_full)."""
+
+  heads: int
+  mlp: int
+  grid: Grid | None
+  merge: int
+  window: int  # side in merged tokens
+  full: str  # "all", "none" or "some" of the layers
+  eps: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x, is_full, rotary, layout):
+    R, S, D = x.shape
+    y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
+    qkv = Dense(3 * D, dtype=self.dtype, name="qkv")(y)
+    qkv = qkv.reshape(R, S, 3, self.heads, D // self.heads)
+    query, key, value = (qkv[:, :, i] for i in range(3))
+    query, key = rope.rotate(query, rotary), rope.rotate(key, rotary)
+    qkv = jnp.stack([query, key, value], axis=2)
+    y = self._attend(qkv, is_full, layout).reshape(R, S, D)
+    x = x + Dense(D, dtype=self.dtype, name="out")(y)
+    y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
+    x = x + GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
+    return x, None
+
+  def _attend(self, qkv, is_full, layout):
+    if self.grid is not None:
+      full = _attend_rows
+      windows = self._attend_windows
+    else:
+
+      def full(qkv):
+        return _attend_gathered(
+          qkv, layout["frame_index"], layout["frame_inverse"]
+        )
+
+      def windows(qkv):
+        return _attend_gathered(
+          qkv, layout["window_index"], layout["window_inverse"]
+        )
+
+    if self.full == "all":
+      return full(qkv)
+    if self.full == "none":
+      return windows(qkv)
+    return jax.lax.cond(is_full, full, windows, qkv)
+
+  def _attend_windows(self, qkv):
+    """Windows of a uniform grid, cut at its right and lower border."""
+    _, h, w = self.grid
+    m, side = self.merge, self.window
+    shape = h // m, w // m, m * m
+    parts = to_windows(qkv.reshape(qkv.shape[0], *shape, *qkv.shape[2:]), side)
+    mask = None
+    if shape[0] % side or shape[1] % side:
+      inside = to_windows(np.ones((1, *shape), bool), side)  # [windows S]
+      mask = jnp.tile(inside, (qkv.shape[0], 1))[:, None]
+    y = _attend_rows(parts, mask)
+    y = from_windows(y, side, *shape[:2])  # [R Y X 4 N H]
+    return y.reshape(*qkv.shape[:2], *y.shape[4:])
+
+
+class Merger(nn.Module):
+  """Four neighbouring patches to one token of the decoder's width."""
+
+  features: int
+  group: int
+  eps: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B M E"]:
+    B, P, D = x.shape
+    x = RMSNorm(self.eps, self.dtype, name="norm")(x)
+    x = x.reshape(B, P // self.group, D * self.group)
+    x = Dense(x.shape[-1], dtype=self.dtype, name="up")(x)
+    x = nn.gelu(x, approximate=False)
+    return Dense(self.features, dtype=self.dtype, name="down")(x)
+
+
+class Model(nn.Module):
+  """Vision tower and merger."""
+
+  width: int = 1280
+  layers: int = 32
+  heads: int = 16
+  mlp: int = 3420
+  out_width: int = 2048
+  patch: int = 14
+  temporal_patch: int = 2
+  channels: int = 3
+  merge: int = 2
+  window: int = 112  # side in pixels; 0: full attention in every layer
+  full_layers: tuple[int, ...] = (7, 15, 23, 31)
+  theta: float = 1e4
+  eps: float = 1e-6
+  dtype: str = "float32"
+  remat: str = "none"
+  unroll: int = 1
+  position_table: tuple[int, int] | None = None  # (h, w) of the patch grid
+  frame_table: int = 0  # number of frames with a learned embedding
+
+  @property
+  def patch_dim(self) -> int:
+    return self.channels * self.temporal_patch * self.patch**2
+
+  @nn.compact
+  def __call__(
+    self,
+    patches: Float[Array, "B P C"],
+    grid: Grid | None = None,
+    layout: dict[str, Array] | None = None,
+  ) -> tuple[Float[Array, "B M E"], Out]:
+    """Merged tokens and intermediates; exactly one of grid and layout."""
+    self._check(patches, grid, layout)
+    B, P, _ = patches.shape
+    x = Dense(self.width, False, self.dtype, name="patch_embed")(patches)
+    x = self._add_tables(x, grid)
+    head_dim = self.width // self.heads
+    if grid is not None:
+      x = x.reshape(B * grid[0], -1, self.width)
+      rows = grid_positions(*grid[1:], self.merge)
+    else:
+      rows = layout["patch_positions"]
+    rotary = rope.grid(rows, head_dim, self.theta)
+    is_full = [
+      not self.window or i in self.full_layers for i in range(self.layers)
+    ]
+    blocks = nn.scan(
+      remat(Block, self.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=self.layers,
+      unroll=self.unroll,
+    )(
+      self.heads,
+      self.mlp,
+      grid,
+      self.merge,
+      self.window // (self.patch * self.merge),
+      "all" if all(is_full) else "some" if any(is_full) else "none",
+      self.eps,
+      self.dtype,
+      name="blocks",
+    )
+    x, _ = blocks(x, jnp.array(is_full), rotary, layout)
+    out = {"vit/tokens": x.reshape(B, P, self.width)}
+    merger = Merger(
+      self.out_width, self.merge**2, self.eps, self.dtype, name="merger"
+    )
+    merged = merger(out["vit/tokens"])
+    if self.frame_table:
+      table = self._table(
+        "merged_frame_embed", self.frame_table, self.out_width
+      )
+      merged = merged + jnp.repeat(
+        table[: grid[0]], merged.shape[1] // grid[0], axis=0
+      )
+    out["vit/merged"] = merged
+    return merged, out
+
+  def _table(self, name, rows, width):
+    init = nn.initializers.normal(0.02)
+    table = _Table(rows, width, init, name=name)()
+    return table.astype(self.dtype)
+
+  def _add_tables(self, x, grid):
+    if self.position_table:
+      h, w = self.position_table
+      table = self._table("position_embed", h * w, self.width)
+      m = self.merge
+      table = table.reshape(h // m, m, w // m, m, self.width)
+      table = table.transpose(0, 2, 1, 3, 4).reshape(h * w, self.width)
+      x = x.reshape(x.shape[0], grid[0], h * w, self.width) + table
+    if self.frame_table:
+      table = self._table("frame_embed", self.frame_table, self.width)
+      x = x.reshape(x.shape[0], grid[0], -1, self.width)
+      x = x + table[: grid[0], None]
+    return x.reshape(x.shape[0], -1, self.width)
+
+  def _check(self, patches, grid, layout):
+    if (grid is None) == (layout is None):
+      raise ValueError(
+        "the vision tower needs either a static grid (frames, h, w) or a "
+        f"layout of arrays, got grid={grid} and "
+        f"layout={None if layout is None else sorted(layout)}"
+      )
+    if patches.shape[-1] != self.patch_dim:
+      raise ValueError(
+        f"patches have {patches.shape[-1]} values, expected {self.patch_dim} "
+        f"= {self.channels} channels x {self.temporal_patch} frames x "
+        f"{self.patch} x {self.patch} pixels"
+      )
+    tables = self.position_table or self.frame_table
+    if grid is None:
+      if tables:
+        raise ValueError("learned position tables need a static grid")
+      return
+    frames, h, w = grid
+    if frames * h * w != patches.shape[1] or h % self.merge or w % self.merge:
+      raise ValueError(
+        f"grid {grid} does not fit {patches.shape[1]} patches per row, or its "
+        f"sides are no multiples of the merge size {self.merge}"
+      )
+    if self.position_table and tuple(self.position_table) != (h, w):
+      raise ValueError(
+        f"position_table is {tuple(self.position_table)}, the grid {(h, w)}"
+      )
+    if self.frame_table and frames > self.frame_table:
+      raise ValueError(
+        f"{frames} frames, but frame_table has {self.frame_table} entries"
+      )
+
+
+class _Table(nn.Module):
+  rows: int
+  width: int
+  init: Any
+
+  @nn.compact
+  def __call__(self):
+    return self.param("embedding", self.init, (self.rows, self.width))
+
+
+def _attend_rows(qkv, mask=None):
+  """Attention of [R S 3 N H] within each row."""
+  return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+
+
+def _attend_gathered(qkv, index, inverse):
+  """Attention within the sets of patches that `index` names.
+
+  Args:
+    qkv: [B P 3 N H].
+    index: i32[B sets S], patch numbers; P or more is padding.
+    inverse: i32[B P], where each patch is in the flattened sets.
+  """
+  B, P, _, N, H = qkv.shape
+  _, sets, S = index.shape
+  flat = qkv.reshape(B, P, -1)
+  picked = jnp.take_along_axis(
+    flat, jnp.minimum(index, P - 1).reshape(B, -1, 1), axis=1
+  )
+  mask = (index < P).reshape(B * sets, 1, S)
+  y = _attend_rows(picked.reshape(B * sets, S, 3, N, H), mask)
+  y = y.reshape(B, sets * S, N * H)
+  y = jnp.take_along_axis(y, inverse[..., None], axis=1)
+  return y.reshape(B, P, N, H)
+
+
+def grid_positions(h: int, w: int, merge: int) -> np.ndarray:
+  """(row, column) of the patches of a frame [h*w 2], in merge-group order."""
+  rows, columns = np.mgrid[:h, :w]
+  grid = np.stack([rows, columns], axis=-1)
+  grid = grid.reshape(h // merge, merge, w // merge, merge, 2)
+  return grid.transpose(0, 2, 1, 3, 4).reshape(h * w, 2)
+
+
+def to_windows(x, side: int):
+  """[R Y X g ...] -> [R*windows side*side*g ...], zeros beyond the border."""
+  xp = np if isinstance(x, np.ndarray) else jnp
+  R, Y, X, g, *rest = x.shape
+  down, right = -Y % side, -X % side
+  if down or right:
+    x = xp.pad(x, [(0, 0), (0, down), (0, right)] + [(0, 0)] * (1 + len(rest)))
+  x = x.reshape(
+    R, (Y + down) // side, side, (X + right) // side, side, g, *rest
+  )
+  x = xp.swapaxes(x, 2, 3)
+  return x.reshape(-1, side * side * g, *rest)
+
+
+def from_windows(x, side: int, Y: int, X: int):
+  """Inverse of to_windows: [R*windows side*side*g ...] -> [R Y X g ...]."""
+  rest = x.shape[2:]
+  down, right = -(-Y // side), -(-X // side)
+  g = x.shape[1] // side**2
+  x = x.reshape(-1, down, right, side, side, g, *rest)
+  x = jnp.swapaxes(x, 2, 3)
+  return x.reshape(-1, down * side, right * side, g, *rest)[:, :Y, :X]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that every model shares: linear, norm, gated MLP, embedding.
+
+Parameters are plain float32 arrays with 2-D kernels (in, out). `dtype` is the
+dtype that a layer computes in.
+
+Letters: B batch, T length, D width, M mlp width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax.types import Array, Float, Int
+
+fan_in_init = nn.initializers.lecun_normal()
+
+
+class Dense(nn.Module):
+  """Linear layer on the last axis."""
+
+  features: int
+  use_bias: bool = True
+  dtype: str = "float32"
+  kernel_init: Callable = fan_in_init
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    # Weight gradients of matrices are 1.5 times faster on CPU than those of
+    # batches of matrices.
+    y = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = y @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class RMSNorm(nn.Module):
+  """Division by the root mean square, in float32, then a scale."""
+
+  eps: float = 1e-6
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class GatedMlp(nn.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  width: int
+  use_bias: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def dense(features, name):
+      return Dense(features, self.use_bias, self.dtype, name=name)
+
+    gate = nn.silu(dense(self.width, "gate")(x))
+    return dense(x.shape[-1], "down")(gate * dense(self.width, "up")(x))
+
+
+class Embed(nn.Module):
+  """Table of vectors, which may also serve as the output projection."""
+
+  count: int
+  width: int
+  std: float = 0.02
+  # Gradients of a gather are scatters, which are slow on CPU: a small table is
+  # better read by a matrix product.
+  one_hot: bool = False
+  dtype: str = "float32"
+
+  def setup(self) -> None:
+    init = nn.initializers.normal(self.std)
+    self.embedding = self.param("embedding", init, (self.count, self.width))
+
+  def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
+    table = self.embedding.astype(self.dtype)
+    return lookup(table, ids, one_hot=self.one_hot)
+
+  def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits of a tied head."""
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    logits = flat @ self.embedding.astype(self.dtype).T
+    return logits.reshape(*x.shape[:-1], self.count)
+
+
+def lookup(
+  table: Float[Array, "V D"], ids: Int[Array, "*b"], *, one_hot: bool = False
+) -> Float[Array, "*b D"]:
+  """Rows of a table."""
+  if not one_hot:
+    return jnp.take(table, ids, axis=0)
+  hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=table.dtype)
+  return (hot @ table).reshape(*ids.shape, table.shape[1])

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary tables: multimodal (t, h, w) for the decoder, 2-D for the ViT.
+
+Pairs are (i, i + H/2) as in the published Qwen checkpoints ("rotate half").
+All angles are float32: bfloat16 cannot tell position 256 from 257.
+
+Letters: B batch, T length, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from spatial_jax.types import Array, Float, Int
+
+Rotary = tuple[Array, Array]
+
+
+def frequencies(dim: int, theta: float) -> np.ndarray:
+  """theta^(-2i/dim), in float32 steps as the published code computes them."""
+  exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+  return np.float32(1) / np.power(np.float32(theta), exponent)
+
+
+def multimodal(
+  positions: Int[Array, "B 3 T"],
+  head_dim: int,
+  theta: float,
+  sections: Sequence[int],
+) -> Rotary:
+  """cos and sin [B T H/2] for positions along (time, height, width).
+
+  `sections` divides the H/2 frequencies; sections take their position from
+  axis 0, 1, 2, 0, 1, 2 ... in turn. (16, 24, 24) is the published layout,
+  (1,) * 16 interleaves the axes.
+  """
+  if sum(sections) * 2 != head_dim:
+    raise ValueError(
+      f"M-RoPE sections {tuple(sections)} sum to {sum(sections)}, expected "
+      f"half of the head dim {head_dim}"
+    )
+  axis = np.repeat(np.arange(len(sections)) % 3, sections)
+  # A product with a constant 0/1 matrix would round on a TPU; a static index
+  # is exact, and positions need no gradient.
+  ids = jnp.asarray(positions, jnp.float32)[:, axis]  # [B H/2 T]
+  angle = jnp.swapaxes(ids, 1, 2) * frequencies(head_dim, theta)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def grid(positions: Int[Array, "*b 2"], head_dim: int, theta: float) -> Rotary:
+  """cos and sin [*b H/2] for (row, column): half of the pairs for each."""
+  freqs = frequencies(head_dim // 2, theta)  # [H/4]
+  angle = jnp.asarray(positions, jnp.float32)[..., None] * freqs
+  angle = angle.reshape(*positions.shape[:-1], head_dim // 2)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "*b T N H"], rotary: Rotary) -> Float[Array, ...]:
+  """Rotates all heads; the tables are [*b T H/2] or broadcast to that."""
+  cos, sin = (table[..., None, :] for table in rotary)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return y.astype(x.dtype)
