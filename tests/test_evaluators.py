@@ -85,13 +85,13 @@ def test_spatial_mllm_does_not_count_the_border():
 def test_letters_are_read_by_each_variant_in_its_way(
   prediction, original, spatial_mllm
 ):
-  args = (prediction, "B", "object_rel_distance")
+  args = (prediction, "B", True)
   assert qa.score(*args, "original") == original
   assert qa.score(*args, "spatial_mllm") == spatial_mllm
 
 
 def test_a_number_with_unit_counts_in_the_original_only():
-  args = ("3.0 meters", "3.0", "object_abs_distance")
+  args = ("3.0 meters", 3.0, False)
   assert qa.score(*args, "original") == 1
   assert qa.score(*args, "spatial_mllm") == 0
 
@@ -99,20 +99,27 @@ def test_a_number_with_unit_counts_in_the_original_only():
 @pytest.mark.parametrize("text", ["three", "", "nan", "inf", "-inf", "[1, 2]"])
 @pytest.mark.parametrize("variant", qa.VARIANTS)
 def test_what_is_no_number_scores_zero(text, variant):
-  assert qa.score(text, "3", "object_counting", variant) == 0
+  assert qa.score(text, 3, False, variant) == 0
 
 
-def test_types_outside_the_benchmark_score_by_their_truth():
-  assert qa.score("2.0", "2.0", "camera_depth", "original") == 1
-  assert qa.score("A", "A", "camera_nearer", "original") == 1
-  assert qa.aggregate([("camera_nearer", 1.0)])["all"]["micro"] is None
+def test_types_outside_the_benchmark_stay_out_of_the_aggregate():
+  records = [
+    {"question_type": "camera_nearer", "options": ["A. bed", "B. sofa"]},
+    {"question_type": "camera_depth"},
+  ]
+  records[0] |= {"prediction": "A", "ground_truth": "A"}
+  records[1] |= {"prediction": "2.0", "ground_truth": 2.0}
+  found = qa.evaluate(records)["original"]
+  assert found["per_type"]["camera_nearer"]["score"] == 1
+  assert found["per_type"]["camera_depth"]["score"] == 1
+  assert found["aggregate"]["all"]["micro"] is None
 
 
 def test_errors_name_what_came():
   with pytest.raises(ValueError, match=r"'vsi'.*original"):
-    qa.score("1", "1", "object_counting", "vsi")
-  with pytest.raises(ValueError, match="'A' of a object_counting"):
-    qa.score("1", "A", "object_counting", "original")
+    qa.score("1", 1, False, "vsi")
+  with pytest.raises(ValueError, match="'A' of a numeric question"):
+    qa.score("1", "A", False)
 
 
 def test_macro_averages_the_directions_to_one_task():

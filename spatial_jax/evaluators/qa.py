@@ -96,37 +96,39 @@ def mean_relative_accuracy(
 
 
 def score(
-  prediction: str, truth: str, question_type: str, variant: str
+  prediction: str, truth: str | float, choice: bool, variant: str = "original"
 ) -> float:
   """Score in 0..1 of one output.
 
-  Types that VSI-Bench doesn't have are numeric where their truth is a number.
+  Args:
+    prediction: what the model wrote.
+    truth: a letter, or a number or its text.
+    choice: whether the question offers options; else a number is asked.
+    variant: one of `VARIANTS`.
   """
+  truth = str(truth)
   if variant == "original":
-    said = first_word(prediction)
-    wanted, value = truth.strip().lower(), number(said)
+    said, wanted = first_word(prediction), truth.strip().lower()
+    value = number(said)
   elif variant == "spatial_mllm":
     said, wanted = clean_text(prediction), clean_text(truth)
     value = number(said.replace(",", ""))
   else:
     raise ValueError(f"variant {variant!r}: expected one of {VARIANTS}")
-  if question_type in MULTIPLE_CHOICE:
+  if choice:
     return float(said == wanted)
   goal = number(wanted.replace(",", ""))
-  if question_type in NUMERIC and np.isnan(goal):
-    raise ValueError(
-      f"truth {truth!r} of a {question_type} question is no number"
-    )
   if np.isnan(goal):
-    return float(said == wanted)
+    raise ValueError(f"truth {truth!r} of a numeric question is no number")
   if not np.isfinite(value):
     return 0.0
   return mean_relative_accuracy(value, goal, variant)
 
 
 def vsi_reward(truth: str, prediction: str, question_type: str) -> float:
-  """`score` in Spatial-MLLM's variant, with its order of arguments."""
-  return score(prediction, truth, question_type, "spatial_mllm")
+  """`score` of a VSI-Bench row in Spatial-MLLM's variant."""
+  choice = question_type in MULTIPLE_CHOICE
+  return score(prediction, truth, choice, "spatial_mllm")
 
 
 # --- aggregates -------------------------------------------------------------
@@ -190,7 +192,8 @@ def evaluate(records: Iterable[Mapping]) -> dict[str, dict]:
   """Both variants' scores of answered questions, ready for JSON.
 
   Args:
-    records: dicts with `question_type`, `prediction` and `ground_truth`.
+    records: dicts with `question_type`, `prediction`, `ground_truth` and, for
+      types that VSI-Bench doesn't have, `options`.
 
   Returns:
     For each variant: `per_type` (score and count) and `aggregate`.
@@ -198,18 +201,12 @@ def evaluate(records: Iterable[Mapping]) -> dict[str, dict]:
   records = list(records)
   result = {}
   for variant in VARIANTS:
-    rows = [
-      (
-        record["question_type"],
-        score(
-          str(record["prediction"]),
-          str(record["ground_truth"]),
-          record["question_type"],
-          variant,
-        ),
-      )
-      for record in records
-    ]
+    rows = []
+    for record in records:
+      name = record["question_type"]
+      choice = name in MULTIPLE_CHOICE or bool(record.get("options"))
+      said, truth = str(record["prediction"]), record["ground_truth"]
+      rows.append((name, score(said, truth, choice, variant)))
     result[variant] = {
       "per_type": per_type(rows),
       "aggregate": aggregate(rows),
