@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of {params, opt, step}, the data iterator and the config.
+
+<workdir>/checkpoints/<step>/ holds the items `params`, `opt`, `meta` and
+`data`. `meta` carries the shape, dtype and checksum of every array, so that a
+checkpoint of another model is told from a damaged one: the first is an error,
+the second falls back to the checkpoint before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from spatial_jax import trees
+
+State = dict[str, Any]
+_FOLDER = "checkpoints"
+
+
+class Mismatch(ValueError):
+  """The checkpoint is sound but belongs to another model or shape."""
+
+
+class Corrupt(ValueError):
+  """The checkpoint's content is damaged."""
+
+
+@contextlib.contextmanager
+def lock(workdir: str) -> Iterator[None]:
+  """Creates the workdir and holds it against a second writer."""
+  if "://" in workdir:  # object stores have no locks
+    yield
+    return
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    handle = (path / ".lock").open("a+")
+  except OSError as error:
+    raise OSError(
+      f"workdir {workdir} is not writable ({error.strerror}); choose another "
+      "--workdir or change its permissions"
+    ) from error
+  with handle:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      handle.seek(0)
+      raise OSError(
+        f"workdir {workdir} is in use by {handle.read().strip()}; stop that "
+        "process or choose another --workdir"
+      ) from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on host {socket.gethostname()}")
+    handle.flush()
+    yield
+    # The lock ends with the file handle, so kill -9 frees the workdir too.
+
+
+@jax.jit
+def _checksums(tree: Any) -> list[jax.Array]:
+  """Sum of the bits of each array modulo 2^32, whatever its sharding."""
+
+  def checksum(x):
+    if x.dtype == jnp.bool_:
+      x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}")
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+  return [checksum(x) for x in jax.tree.leaves(tree)]
+
+
+def _manifest(tree: Any) -> dict[str, list[Any]]:
+  """name -> [shape, dtype, checksum]."""
+  sums = jax.device_get(_checksums(tree))
+  return {
+    name: [list(x.shape), str(x.dtype), int(total)]
+    for (name, x), total in zip(trees.flatten(tree).items(), sums, strict=True)
+  }
+
+
+def _abstract(manifest: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+  return {
+    name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    for name, (shape, dtype, _) in manifest.items()
+  }
+
+
+def _compare(manifest: Mapping[str, Any], want: Any, where: str) -> None:
+  """Raises Mismatch with every leaf that differs."""
+  lines = trees.diff(_abstract(manifest), trees.flatten(want)).splitlines()
+  if lines:
+    shown = lines[:20] + [f"... {len(lines) - 20} more"] * (len(lines) > 20)
+    raise Mismatch(
+      f"checkpoint {where} belongs to another model, shape or optimizer:\n  "
+      + "\n  ".join(shown)
+      + "\nuse the config it was trained with, or another --workdir"
+    )
+
+
+def _verify(manifest: Mapping[str, Any], got: Any, where: str) -> None:
+  sums = jax.device_get(_checksums(got))
+  for name, total in zip(trees.flatten(got), sums, strict=True):
+    if int(total) != manifest[name][2]:
+      raise Corrupt(f"checkpoint {where}: the bytes of {name} have changed")
+
+
+class Checkpointer:
+  """Asynchronous saves and exact restores in <workdir>/checkpoints."""
+
+  def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
+    self._workdir = workdir
+    folder = os.path.join(workdir, _FOLDER)
+    if "://" not in folder:
+      folder = os.path.abspath(folder)
+    self.folder = folder
+    self._read_only = read_only
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else keep,
+      create=not read_only,
+      read_only=read_only,
+      # What a kill in mid-save left behind; the workdir lock makes us the only
+      # writer.
+      cleanup_tmp_directories=not read_only,
+    )
+    self._manager = ocp.CheckpointManager(folder, options=options)
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: State, meta: Mapping[str, Any], data: Any):
+    """Starts a save; the arrays are copied before it returns."""
+    if step in self._manager.all_steps():
+      return
+    leaves = {
+      "params": _manifest(state["params"]),
+      "opt": _manifest(state["opt"]),
+    }
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state["params"]),
+        opt=ocp.args.StandardSave(state["opt"]),
+        meta=ocp.args.JsonSave({**meta, "step": step, "leaves": leaves}),
+        data=grain.checkpoint.CheckpointSave(data),
+      ),
+    )
+
+  def restore(self, abstract: State, data: Any) -> tuple[State, Any, Any]:
+    """State, meta and data iterator of the newest sound checkpoint.
+
+    Args:
+      abstract: {params, opt, step} of ShapeDtypeStructs with shardings.
+      data: a fresh iterator of the same pipeline; it is moved on.
+    """
+    for step in reversed(self.steps()):
+      try:
+        meta = self._meta(step)
+        for item in ("params", "opt"):
+          _compare(meta["leaves"][item], abstract[item], self._where(step))
+        state = {
+          item: self._arrays(step, item, abstract[item], meta)
+          for item in ("params", "opt")
+        }
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            data=grain.checkpoint.CheckpointRestore(data)
+          ),
+        )
+      except Mismatch:
+        raise
+      except Exception as error:
+        self._set_aside(step, error)
+        continue
+      step_shape = abstract["step"]
+      state["step"] = jax.device_put(
+        np.asarray(step, step_shape.dtype), step_shape.sharding
+      )
+      return state, meta, restored["data"]
+    raise Corrupt(
+      f"no checkpoint in {self.folder} can be read; the damaged ones were "
+      f"moved to {self._workdir}/corrupt. Start in another --workdir, or "
+      "restore a copy"
+    )
+
+  def params(self, abstract: Any, step: int | None = None) -> tuple[Any, Any]:
+    """Parameters alone, and meta; falls back as `restore` does.
+
+    Parameters that the checkpoint has beyond `abstract` (auxiliary heads) are
+    not read.
+    """
+    steps = self.steps()
+    if not steps or (step is not None and step not in steps):
+      raise FileNotFoundError(
+        f"no checkpoint {'' if step is None else f'of step {step} '}in "
+        f"{self.folder}"
+        + (f"; there are {steps}" if steps else "")
+        + "; train first, or give the --workdir of a trained model"
+      )
+    for one in reversed(steps) if step is None else [step]:
+      try:
+        meta = self._meta(one)
+        manifest = meta["leaves"]["params"]
+        names = trees.flatten(abstract)
+        kept = {k: v for k, v in manifest.items() if k in names}
+        _compare(kept, abstract, self._where(one))
+        return self._arrays(one, "params", abstract, meta), meta
+      except Mismatch:
+        raise
+      except Exception as error:
+        logging.warning(
+          "checkpoint %s is damaged (%s)", self._where(one), _short(error)
+        )
+    raise Corrupt(f"no checkpoint in {self.folder} can be read")
+
+  def reached_preemption(self, step: int) -> bool:
+    """All hosts agree that one of them was told to stop."""
+    return self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def _where(self, step: int) -> str:
+    return os.path.join(self.folder, str(step))
+
+  def _meta(self, step: int) -> Any:
+    out = self._manager.restore(
+      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+    )
+    return out["meta"]
+
+  def _arrays(self, step: int, item: str, abstract: Any, meta: Any) -> Any:
+    """One item; leaves of the checkpoint that `abstract` lacks are skipped."""
+    manifest = meta["leaves"][item]
+    names = trees.flatten(abstract)
+    extra = set(manifest) - set(names)
+    if extra:
+      abstract = trees.unflatten(
+        {**names, **dict.fromkeys(extra, ocp.PLACEHOLDER)}
+      )
+    out = self._manager.restore(
+      step,
+      args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}),
+    )[item]
+    if extra:
+      flat = trees.flatten(out)
+      out = trees.unflatten({name: flat[name] for name in names})
+    _verify(manifest, out, self._where(step))
+    return out
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    """Moves a damaged checkpoint away: its step will be saved again."""
+    target = pathlib.Path(self._workdir) / "corrupt" / str(step)
+    logging.error(
+      "checkpoint %s is damaged (%s); falling back to the one before it",
+      self._where(step),
+      _short(error),
+    )
+    if jax.process_index() == 0 and "://" not in self.folder:
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(exist_ok=True)
+      shutil.move(self._where(step), target)
+    self._manager.reload()
+
+
+def _short(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
+def is_workdir(path: str) -> bool:
+  """Whether `path` holds checkpoints written here."""
+  return epath.Path(path, _FOLDER).is_dir()
+
+
+def write_config(workdir: str, config_json: str) -> None:
+  """<workdir>/config.json, for people and for reports."""
+  text = json.dumps(json.loads(config_json), indent=2, default=str)
+  pathlib.Path(workdir, "config.json").write_text(text + "\n")

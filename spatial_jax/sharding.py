@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one file that knows the mesh axes.
+
+Activations and parameters are described by logical axes ("batch length
+act_embed"); `RULES` says on which mesh axes each lies, `PARAMETERS` gives the
+logical axes of a parameter by its name. Modules stay plain: parameters are
+arrays without boxes, and activations pass through `constrain`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spatial_jax import trees
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axes. A mesh axis that is absent or doesn't divide the
+# dimension is left out.
+RULES: dict[str, tuple[str, ...]] = {
+  # activations
+  "batch": ("data", "fsdp"),
+  "length": ("context",),
+  "keys": (),
+  "frames": (),
+  "patches": (),
+  "act_embed": (),
+  "act_heads": ("tensor",),
+  "act_mlp": ("tensor",),
+  "act_vocab": ("tensor",),
+  "head_dim": (),
+  # parameters
+  "layers": (),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  # The vocabulary, never the width: a table sharded by width makes XLA
+  # rematerialise the whole gather.
+  "vocab": ("tensor", "fsdp"),
+  "none": (),
+}
+
+# Regex over the parameter's name -> logical axes of its last dimensions; first
+# match wins. A further leading dimension is the scanned layer axis.
+PARAMETERS = (
+  (r".*/(query|key|value|qkv)/kernel", "embed heads"),
+  (r".*/(query|key|value|qkv)/bias", "heads"),
+  (r".*/out/kernel", "heads embed"),
+  (r".*/(gate|up)/kernel", "embed mlp"),
+  (r".*/(gate|up)/bias", "mlp"),
+  (r".*/down/kernel", "mlp embed"),
+  (r"(.*/)?head/kernel", "none vocab"),
+  (r"(.*/)?kernel", "embed none"),
+  (r"(.*/)?embedding", "vocab none"),
+  (r"(.*/)?(bias|scale)", "none"),
+)
+
+
+def mesh(
+  *,
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  context: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """Mesh over all devices; one size may be -1: whatever the others leave."""
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+  fits = fixed > 0 and len(devices) % fixed == 0
+  if len(free) > 1 or not fits or (not free and fixed != len(devices)):
+    raise ValueError(
+      f"config.mesh ({given}) does not fit {len(devices)} device(s): the "
+      "product of the sizes must be the device count, and at most one size "
+      "may be -1 (the rest)"
+    )
+  for name in free:
+    sizes[name] = len(devices) // fixed
+  # jax.make_mesh makes Explicit axes by default, on which a constraint is an
+  # assertion; everything here relies on Auto.
+  array = np.asarray(devices).reshape(tuple(sizes.values()))
+  return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _spec(
+  axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]
+) -> tuple[P, list[str]]:
+  """PartitionSpec of an array, and the logical axes that did not divide."""
+  entries, dropped = [], []
+  for axis, size in zip(axes, shape, strict=True):
+    if axis not in RULES:
+      raise ValueError(
+        f"unknown logical axis {axis!r} in {' '.join(axes)!r}; known are "
+        + ", ".join(RULES)
+      )
+    names = tuple(n for n in RULES[axis] if sizes.get(n, 1) > 1)
+    if size % math.prod(sizes[n] for n in names):
+      dropped.append(f"{axis}={size}")
+      names = ()
+    entries.append(names or None)
+  while entries and entries[-1] is None:
+    entries.pop()
+  return P(*entries), dropped
+
+
+def constrain(x: Any, axes: str) -> Any:
+  """Pins an activation to its mesh axes; nothing outside jit or a mesh.
+
+  Args:
+    x: array of as many dimensions as there are words in `axes`.
+    axes: logical axes, for instance "batch length act_embed".
+  """
+  words = axes.split()
+  if len(words) != x.ndim:
+    raise ValueError(f"{axes!r} names {len(words)} axes of a {x.ndim}-D array")
+  current = jax.sharding.get_abstract_mesh()
+  spec, _ = _spec(words, x.shape, {} if current.empty else current.shape)
+  if current.empty or not isinstance(x, jax.core.Tracer):
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(current, spec))
+
+
+def batch_sharding(on: Mesh) -> NamedSharding:
+  """Rows of a batch over the data and fsdp axes."""
+  return NamedSharding(on, P(RULES["batch"]))
+
+
+def replicated(on: Mesh) -> NamedSharding:
+  return NamedSharding(on, P())
+
+
+def check_batch(on: Mesh, batch_size: int, accumulate: int = 1) -> None:
+  """Every micro-batch must split evenly over the batch's mesh axes."""
+  ways = math.prod(on.shape[name] for name in RULES["batch"])
+  if batch_size < 1 or accumulate < 1 or batch_size % (ways * accumulate):
+    step = ways * max(accumulate, 1)
+    near = max(step, round(batch_size / step) * step)
+    raise ValueError(
+      f"config.batch_size={batch_size} cannot be split over {ways} device(s) "
+      f"of the mesh's data and fsdp axes in {accumulate} micro-batch(es); use "
+      f"a multiple of {step}, for instance --config.batch_size={near}, or "
+      "give devices to config.mesh.tensor"
+    )
+
+
+def parameters(shapes: Any, on: Mesh) -> Any:
+  """NamedSharding of every parameter; a name without a rule is an error."""
+  names = trees.flatten(shapes)
+  # Rows for other models' names are no mistake here: only missing ones are.
+  rows = [
+    row
+    for row in PARAMETERS
+    if any(re.fullmatch(row[0], name) for name in names)
+  ]
+  axes = trees.match(shapes, rows, "sharding.PARAMETERS")
+
+  def place(name, leaf, words):
+    words = words.split()
+    extra = len(leaf.shape) - len(words)
+    if extra < 0:
+      raise ValueError(
+        f"parameter {name} of shape {leaf.shape} has fewer dimensions than its "
+        f"row {' '.join(words)!r} in sharding.PARAMETERS"
+      )
+    words = ["layers"] * extra + words
+    spec, dropped = _spec(words, leaf.shape, on.shape)
+    if dropped:
+      logging.info("%s: %s not divisible, replicated", name, dropped)
+    return NamedSharding(on, spec)
+
+  return trees.map_names(place, shapes, axes)
+
+
+def infer(state: Mapping[str, Any], on: Mesh) -> dict[str, Any]:
+  """Shardings of {params, opt, step}.
+
+  Optimizer leaves whose path ends with a parameter's path and which have its
+  shape (moments) lie as the parameter does; all others are replicated.
+  """
+  placed = parameters(state["params"], on)
+  known = {
+    name: (leaf.shape, sharding)
+    for (name, leaf), sharding in zip(
+      trees.flatten(state["params"]).items(),
+      jax.tree.leaves(placed),
+      strict=True,
+    )
+  }
+
+  def place(name, leaf):
+    parts = name.split("/")
+    for start in range(len(parts)):
+      shape, sharding = known.get("/".join(parts[start:]), (None, None))
+      if shape == leaf.shape:
+        return sharding
+    return replicated(on)
+
+  rest = {key: value for key, value in state.items() if key != "params"}
+  return {"params": placed, **trees.map_names(place, rest)}

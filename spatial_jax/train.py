@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only training loop.
+
+config -> mesh -> data -> model -> shapes -> optimizer -> shardings -> state
+(last checkpoint, other weights or fresh) -> loop.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import signal
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spatial_jax import checkpoint, evaluate, metrics, optim, sharding, trees
+from spatial_jax import system as systems
+from spatial_jax.data import pipeline
+
+
+class Result(NamedTuple):
+  state: Any  # {params, opt, step}
+  metrics: dict[str, float]  # of the last step
+  step: int
+  interrupted: bool  # SIGTERM came; the state was saved
+
+
+def main(config: Any, workdir: str) -> Result:
+  """Trains until config.steps; goes on where an earlier run stopped."""
+  # ---------------------------------------------------------------- workdir
+  with checkpoint.lock(workdir), _sigterm() as stop:
+    # ----------------------------------------------------------------- mesh
+    mesh = sharding.mesh(**config.mesh.to_dict())
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    with jax.set_mesh(mesh):
+      return _run(config, workdir, mesh, stop)
+
+
+def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
+  lead = jax.process_index() == 0
+  if lead and "://" not in workdir:
+    checkpoint.write_config(workdir, config.to_json_best_effort())
+
+  # -------------------------------------------------------------------- data
+  dataset, example = pipeline.make(
+    config,
+    config.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  data = iter(dataset)
+
+  # ------------------------------------------------------------------- model
+  system = systems.build(config, example, config.batch_size)
+  params = jax.eval_shape(system.init, jax.random.key(0))
+
+  # --------------------------------------------------------------- optimizer
+  optimizer = optim.make(config.optimizer, config.steps, params)
+  trained = optim.subset(params, optimizer.trainable)
+  shapes = {
+    "params": params,
+    "opt": jax.eval_shape(optimizer.tx.init, trained),
+    "step": jax.ShapeDtypeStruct((), jnp.int32),
+  }
+
+  # --------------------------------------------------------------- shardings
+  shardings = sharding.infer(shapes, mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+  # ------------------------------------------------------------------- state
+  saves = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
+  if saves.latest() is not None:
+    state, _, data = saves.restore(abstract, data)
+    origin = f"checkpoint {int(state['step'])} of {workdir}"
+  else:
+    params, origin = _start(config, system, abstract["params"])
+    init = jax.jit(
+      lambda p: optimizer.tx.init(optim.subset(p, optimizer.trainable)),
+      out_shardings=shardings["opt"],
+    )
+    zero = jax.device_put(np.int32(0), shardings["step"])
+    state = {"params": params, "opt": init(params), "step": zero}
+  start = int(state["step"])
+
+  # ------------------------------------------------------------------ update
+  update = jax.jit(
+    make_update(system, optimizer, config.seed, config.accumulate),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  rows = sharding.batch_sharding(mesh)
+  count = _counter(config, system, shapes["params"])
+  peak = metrics.peak_flops(jax.devices()[0].device_kind)
+  speed = metrics.Throughput(peak and peak * jax.device_count())
+
+  # -------------------------------------------------------------------- loop
+  writer = metrics.Writer(
+    workdir,
+    total=config.steps,
+    start=start,
+    tensorboard=config.logging.tensorboard,
+    active=lead,
+  )
+  writer.say(
+    _overview(workdir, origin, mesh, shapes["params"], optimizer, lead)
+  )
+  meta = {"config": config.to_json_best_effort()}
+  last: dict[str, float] = {}
+  pending, step, interrupted = None, start, False
+  try:
+    while step < config.steps and not interrupted:
+      began = time.perf_counter()
+      host_batch = next(data)
+      waited = time.perf_counter() - began
+      batch = {
+        name: jax.make_array_from_process_local_data(rows, np.asarray(x))
+        for name, x in host_batch.items()
+      }
+      state, scalars = update(state, batch)
+      step += 1
+      speed.add(**count(host_batch))
+      # The device works on this step while the host looks at the one before.
+      if pending is not None:
+        last = _fetch(*pending, saves, writer, speed, config)
+      pending = (step, scalars, waited)
+      writer.advance()
+      interrupted = _told_to_stop(stop, saves, step)
+      done = step == config.steps or interrupted
+      saving = done or step % config.checkpoint.every == 0
+      evaluations = [] if interrupted else evaluate.due(config, step)
+      if saving or evaluations or step == start + 1:
+        last = _fetch(*pending, saves, writer, speed, config)
+        pending = None
+      if saving:
+        saves.save(step, state, meta, data)
+      if evaluations:
+        scores = evaluate.run(
+          config, system, state["params"], mesh, evaluations, writer.say
+        )
+        writer.write(step, evaluate.scalars(scores))
+      if saving or evaluations or step == start + 1:
+        speed.restart()
+    saves.wait()
+  finally:
+    writer.close()
+    saves.close()
+  if interrupted:
+    print(
+      f"SIGTERM: saved step {step} in {workdir}; the same command goes on from "
+      "there",
+      flush=True,
+    )
+  return Result(state, last, step, interrupted)
+
+
+def make_update(
+  system: systems.System,
+  optimizer: optim.Optimizer,
+  seed: int,
+  accumulate: int = 1,
+):
+  """(state, batch) -> (state, metrics): one step, pure."""
+
+  def update(state, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    trained = optim.subset(state["params"], optimizer.trainable)
+
+    def loss(trained, batch, key):
+      dropout, sample = jax.random.split(key)
+      value, (scalars, _) = system.loss(
+        optim.merge(trained, state["params"]),
+        system.transform(batch),
+        rngs={"dropout": dropout, "sample": sample},
+        train=True,
+      )
+      return value, {"loss": value, **scalars}
+
+    grads, scalars = _gradients(loss, trained, batch, key, accumulate)
+    updates, opt = optimizer.tx.update(grads, state["opt"], trained)
+    trained = optax.apply_updates(trained, updates)
+    params = optim.merge(trained, state["params"])
+    scalars["grad_norm"] = optax.global_norm(grads)
+    scalars["lr"] = optimizer.schedule(state["step"])
+    for name, group in params.items():
+      scalars[f"norm/{name}"] = optax.global_norm(group)
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, scalars
+
+  return update
+
+
+def _gradients(loss, trained, batch, key, accumulate):
+  """Gradients and metrics, over micro-batches weighted by their loss weight."""
+  grad = jax.value_and_grad(loss, has_aux=True)
+  if accumulate == 1:
+    (_, scalars), grads = grad(trained, batch, key)
+    return grads, scalars
+
+  # Strided rows: each device keeps its own share of every micro-batch.
+  micro = jax.tree.map(
+    lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+  weights = jnp.ones(accumulate)
+  if "loss_weight" in batch:
+    weights = micro["loss_weight"].reshape(accumulate, -1).sum(-1)
+  weights = weights / jnp.maximum(weights.sum(), 1e-9)
+
+  def step(total, inputs):
+    index, weight, part = inputs
+    (_, scalars), grads = grad(trained, part, jax.random.fold_in(key, index))
+    part = (grads, scalars)
+    return jax.tree.map(lambda t, p: t + weight * p, total, part), None
+
+  first = jax.tree.map(lambda x: x[0], micro)
+  (_, scalars), grads = jax.eval_shape(grad, trained, first, key)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, scalars))
+  inputs = (jnp.arange(accumulate), weights, micro)
+  (grads, scalars), _ = jax.lax.scan(step, zeros, inputs)
+  return grads, scalars
+
+
+def _start(config: Any, system: systems.System, abstract: Any):
+  """Parameters of a run without a checkpoint, born with their shardings."""
+  key = jax.random.key(config.seed)
+  placed = jax.tree.map(lambda x: x.sharding, abstract)
+  if not config.init_from:
+    return jax.jit(system.init, out_shardings=placed)(key), "fresh weights"
+  fresh = jax.tree.map(lambda _: False, abstract)
+  if config.init_new:
+    rules = (*((r, True) for r in config.init_new), (".*", False))
+    fresh = trees.match(abstract, rules, "config.init_new")
+  old = jax.tree.map(lambda f: not f, fresh)
+  wanted = optim.subset(abstract, old)
+  if checkpoint.is_workdir(config.init_from):
+    source = checkpoint.Checkpointer(config.init_from, read_only=True)
+    params, _ = source.params(wanted)
+    source.close()
+  else:
+    params = _from_hugging_face(config, system, wanted)
+  if config.init_new:
+    # Only the new leaves are computed: the others are dead code in this jit.
+    new = jax.jit(
+      lambda key: optim.subset(system.init(key), fresh),
+      out_shardings=optim.subset(placed, fresh),
+    )(key)
+    params = optim.merge(new, params)
+  return params, f"weights of {config.init_from}"
+
+
+def _from_hugging_face(config: Any, system: systems.System, wanted: Any) -> Any:
+  folder = pathlib.Path(config.init_from)
+  if not any(folder.glob("*.safetensors")):
+    raise FileNotFoundError(
+      f"config.init_from={config.init_from!r}: neither a workdir with "
+      "checkpoints nor a folder with *.safetensors"
+    )
+  from spatial_jax import hf
+
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  return hf.load(system.mod.KEYS, folder, wanted, shardings)
+
+
+def _fetch(step, scalars, waited, saves, writer, speed, config):
+  """Metrics of a finished step on the host, written; stops on NaN."""
+  row = {name: float(x) for name, x in jax.device_get(scalars).items()}
+  bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
+  if bad:
+    latest = saves.latest()
+    kept = "no checkpoint was saved before it"
+    if latest is not None:
+      kept = f"the checkpoint of step {latest} is good and the last"
+    raise FloatingPointError(
+      f"{bad[0]} is {row[bad[0]]} at step {step}; {kept}. Lower "
+      "config.optimizer.lr, or look at the data of this step"
+    )
+  row["data_wait_ms"] = 1e3 * waited
+  if step % config.logging.every == 0 or step == config.steps:
+    row |= speed.report()
+    shown = ("loss", "grad_norm", "lr", "steps_per_second", "mfu")
+    writer.show(step, {k: row[k] for k in shown if k in row})
+  writer.write(step, row)
+  return row
+
+
+def _counter(config: Any, system: systems.System, params: Any):
+  """host batch -> what a step does: tokens, frames, FLOPs."""
+  inputs = system.inputs
+  rows, length = config.batch_size, 1
+  if "tokens" in inputs:
+    length = inputs["tokens"].shape[1]
+  passes = {"": rows * length}
+  if "patches" in inputs:
+    passes["vit"] = rows * inputs["patches"].shape[1]
+  flops = metrics.model_flops(trees.flatten(params), passes)
+  frames = 0
+  if "world_from_camera" in system.batch:
+    frames = rows * system.batch["world_from_camera"].shape[1]
+  elif "patches" in inputs:
+    frames = rows * config.data.get("frames", 0)
+
+  def count(batch):
+    tokens = rows * length
+    if "segments" in batch:
+      tokens = np.count_nonzero(batch["segments"]) * jax.process_count()
+    return {"steps": 1, "tokens": tokens, "frames": frames, "flops": flops}
+
+  return count
+
+
+def _overview(workdir, origin, mesh, params, optimizer, lead) -> str:
+  """One line on the run; the table of parameters goes to a file."""
+  placed = trees.flatten(sharding.parameters(params, mesh))
+  trainable = trees.flatten(optimizer.trainable)
+  flat = trees.flatten(params)
+  if lead and "://" not in workdir:
+    lines = [
+      f"{name}  {list(x.shape)}  {x.dtype}  {placed[name].spec}  "
+      f"{'trained' if trainable[name] else 'frozen'}\n"
+      for name, x in flat.items()
+    ]
+    pathlib.Path(workdir, "parameters.txt").write_text("".join(lines))
+  total = trees.count(params)
+  trained = trees.count(optim.subset(params, optimizer.trainable))
+  sizes = ", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1)
+  device = jax.devices()[0].device_kind
+  return (
+    f"{total:,} parameters, {trained:,} trained, from {origin}; "
+    f"{jax.device_count()} x {device}" + (f" ({sizes})" if sizes else "")
+  )
+
+
+def _told_to_stop(stop, saves, step) -> bool:
+  if jax.process_count() > 1:  # all hosts must leave at the same step
+    return saves.reached_preemption(step)
+  return stop.is_set()
+
+
+class _sigterm:
+  """An event that SIGTERM sets, instead of ending the process."""
+
+  def __enter__(self) -> threading.Event:
+    self._event = threading.Event()
+    self._main = threading.current_thread() is threading.main_thread()
+    # Several hosts agree through jax's own handler.
+    self._main = self._main and jax.process_count() == 1
+    if self._main:
+      self._old = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
+    return self._event
+
+  def __exit__(self, *_):
+    if self._main:
+      signal.signal(signal.SIGTERM, self._old)
