@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from spatial_jax.nn import rope
-from spatial_jax.nn.attention import attention, packed_mask
+from spatial_jax.nn.attention import attention, chunked, packed_mask
 from spatial_jax.nn.layers import Dense, Embed, GatedMlp, RMSNorm
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -88,6 +88,7 @@ class Attention(nn.Module):
   kv_heads: int
   head_dim: int
   dtype: str = "float32"
+  packing: tuple[int, int] | None = None
 
   @nn.compact
   def __call__(self, x, mask, rotary, cache, index):
@@ -108,7 +109,11 @@ class Attention(nn.Module):
         )
         for old, new in zip(cache, (key, value), strict=True)
       )
-    y = attention(query, key, value, mask).reshape(B, T, -1)
+    if self.packing and cache is None:
+      y = chunked(query, key, value, mask, *self.packing)
+    else:
+      y = attention(query, key, value, mask)
+    y = y.reshape(B, T, -1)
     return Dense(D, use_bias=False, dtype=self.dtype, name="out")(y), cache
 
 
@@ -121,12 +126,18 @@ class Block(nn.Module):
   mlp: int
   eps: float
   dtype: str
+  packing: tuple[int, int] | None
 
   @nn.compact
   def __call__(self, x, cache, mask, rotary, index):
     y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
     y, cache = Attention(
-      self.heads, self.kv_heads, self.head_dim, self.dtype, name="attention"
+      self.heads,
+      self.kv_heads,
+      self.head_dim,
+      self.dtype,
+      self.packing,
+      name="attention",
     )(y, mask, rotary, cache, index)
     x = x + y
     y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
@@ -153,6 +164,8 @@ class Model(nn.Module):
   unroll: int = 1  # layers per step of the scan
   embed_std: float = 0.02
   one_hot: bool = False  # read the table by a matrix product; see Embed
+  # Tokens of the shared prefix and of a chunk after it: see attention.chunked.
+  packing: tuple[int, int] | None = None
 
   def setup(self) -> None:
     self.embed = Embed(
@@ -172,6 +185,7 @@ class Model(nn.Module):
       self.mlp,
       self.eps,
       self.dtype,
+      self.packing,
     )
     self.norm = RMSNorm(self.eps, self.dtype)
     if not self.tied:
