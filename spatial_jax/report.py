@@ -462,16 +462,15 @@ def room_data(room: Any, source: Any, name: str, size: int = 160) -> dict:
 
   intrinsics = np.array(source.intrinsics, np.float32)
   intrinsics[:2] *= size / source.image_size
-  seen = render.render(
-    room.scene, room.world_from_camera, intrinsics, size, size
-  )
+  poses = np.asarray(room.world_from_camera, np.float32)
+  shown = render.render(room.scene, poses, intrinsics, size, size)
   focal = float(intrinsics[0, 0])
   return {
     "name": name,
     "scene": room.scene,
-    "world_from_camera": room.world_from_camera,
+    "world_from_camera": poses,
     "intrinsics": intrinsics,
     "fov_degrees": 2 * math.degrees(math.atan(size / 2 / focal)),
     "questions": [q.asdict() for q in room.questions],
-    **{key: np.asarray(seen[key]) for key in ("rgb", "depth", "object")},
+    **{key: np.asarray(shown[key]) for key in ("rgb", "depth", "object")},
   }
