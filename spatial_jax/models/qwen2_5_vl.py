@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from spatial_jax import losses
+from spatial_jax import hf, losses
 from spatial_jax.models import llm, qwen_vit
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -110,6 +110,21 @@ VARIANTS = {
   },
 }
 
+# transformers 4.51 and the published files name tensors without, releases from
+# 4.52 on with the second prefix.
+KEYS = (
+  *hf.nest(qwen_vit.KEYS, ("visual.", "model.visual."), "vit/"),
+  *hf.nest(llm.KEYS, ("model.", "model.language_model."), "llm/"),
+  (
+    "lm_head.weight",
+    "llm/head/kernel",
+    hf.Tied(
+      ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+    ),
+  ),
+)
+IGNORE = ()
+
 
 class Model(nn.Module):
   """Vision tower and decoder; see the module docstring."""
@@ -177,7 +192,9 @@ class Model(nn.Module):
   ) -> tuple[Float[Array, "B M D"], Out]:
     """Vision tower alone: merged tokens and intermediates."""
     grid = self.grid if layout is None else None
-    return self._vit(patches, grid and tuple(grid), layout)
+    merged, out = self._vit(patches, grid and tuple(grid), layout)
+    # Vision-only training compares merged tokens with words.
+    return merged, {**out, "llm/embedding": self._llm.embed.embedding}
 
   def init_cache(self, batch: int, length: int) -> llm.Cache:
     """Empty decoder cache; callable without parameters."""

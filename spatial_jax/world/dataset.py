@@ -132,10 +132,13 @@ class World:
       *after,
     ]
     ids = np.array(ids, np.int32)
-    place = positions.mrope(
+    frames, height, width = self.grid
+    place, _ = positions.mrope(
       ids,
-      grids=[self.grid],
-      vision_ids=[tok.token_id("<|video_pad|>")],
+      [(frames, height, width)],
+      video_token=int(tok.token_id("<|video_pad|>")),
+      merge=1,  # the grid is in merged tokens already
+      second_per_grid=0.5,  # one position a frame
     )
     return ids, place
 

@@ -77,8 +77,8 @@ def dense_targets(
     return (axes * away).sum(-1)
 
   frame = jnp.arange(n) // (n // pose.shape[1])
-  own = local(axes[:, frame], pose[:, frame, :3, 3])
-  room = local(axes[:, :1], pose[:, :1, :3, 3])
+  own = local(axes[:, frame], pose[:, frame][..., :3, 3])
+  room = local(axes[:, :1], pose[:, :1][..., :3, 3])
   return {
     "dense/category": jnp.where(shown, 1 + kind, 0),
     "dense/point": own,
@@ -99,7 +99,7 @@ def make(config) -> Callable[[Batch], Batch]:
       for key, value in batch.items()
       if key.startswith("scene/")
     }
-    view = render.render(
+    view = render.render_batch(
       scene,
       batch["world_from_camera"],
       batch["intrinsics"],
