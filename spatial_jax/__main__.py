@@ -7,7 +7,8 @@ jax is imported by the command, after its arguments were found good.
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -64,22 +65,27 @@ def _keys(config: Any, prefix: str = "config") -> dict[str, Any]:
   return out
 
 
-def _file(argv: Sequence[str]) -> str:
-  given = ""
-  for i, word in enumerate(argv):
-    if word.startswith("--config="):
-      given = word.partition("=")[2]
-    elif word == "--config" and i + 1 < len(argv):
-      given = argv[i + 1]
+def _recipe(given: str) -> Any:
+  """The config of FILE[:ARGS]."""
   if not given:
     raise Usage("--config is missing: give a recipe, --config=configs/NAME.py")
-  path = given.partition(":")[0]
+  path, _, arg = given.partition(":")
   if not os.path.isfile(path):
-    folder = os.path.dirname(path) or "."
-    files = os.listdir(folder) if os.path.isdir(folder) else []
+    folder = os.path.dirname(path)
+    files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     known = [os.path.join(folder, f) for f in files if f.endswith(".py")]
     raise Usage(f"--config: no file {path!r}{_close(path, known)}")
-  return path
+  # Recipes import each other as configs.NAME, from any working directory.
+  sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(path))))
+  spec = importlib.util.spec_from_file_location("recipe", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise Usage(f"--config: {path} has no get_config(arg), so it is no recipe")
+  try:
+    return module.get_config(arg)
+  except ValueError as error:
+    raise Usage(f"--config={given}: {error}") from error
 
 
 def _parse(argv: Sequence[str]) -> Any:
@@ -87,44 +93,37 @@ def _parse(argv: Sequence[str]) -> Any:
   from absl import flags
   from ml_collections import config_flags
 
-  # Recipes import each other as configs.NAME, from any working directory.
-  root = os.path.dirname(os.path.dirname(os.path.abspath(_file(argv))))
-  sys.path.insert(0, root)
+  given, rest = "", []
+  for word in argv:
+    if word.startswith("--config="):
+      given = word.partition("=")[2]
+    else:
+      rest.append(word)
+  config = _recipe(given)
+  keys = list(_keys(config))
+  for word in rest:
+    name = word.partition("=")[0].lstrip("-")
+    if name.startswith("config.") and name not in keys:
+      raise Usage(f"unknown key --{name}{_close(name, keys)}")
+
+  argv = ["spatial_jax", *rest]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "recipe", lock_config=True, flag_values=values
+  config_flags.DEFINE_config_dict(
+    "config", config, lock_config=True, flag_values=values, sys_argv=argv
   )
   flags.DEFINE_string("workdir", None, "folder", flag_values=values)
   flags.DEFINE_bool("multihost", False, "jax.distributed", flag_values=values)
   flags.DEFINE_bool("debug", False, "tracebacks", flag_values=values)
   try:
-    rest = values(["spatial_jax", *argv])[1:]
+    extra = values(argv)[1:]
   except flags.UnrecognizedFlagError as error:
-    raise Usage(
-      f"unknown option --{error.flagname}"
-      + _close(error.flagname, [*values, "help"])
-    ) from error
-  except (KeyError, AttributeError) as error:
-    _unknown_key(argv, error)
+    near = _close(error.flagname, [*values, "help"])
+    raise Usage(f"unknown option --{error.flagname}{near}") from error
   except (flags.Error, ValueError, TypeError) as error:
     raise Usage(str(error)) from error
-  if rest:
-    raise Usage(f"unexpected argument {rest[0]!r}; options begin with --")
+  if extra:
+    raise Usage(f"unexpected argument {extra[0]!r}; options begin with --")
   return values
-
-
-def _unknown_key(argv: Sequence[str], error: Exception) -> None:
-  """Says which override names a key the recipe lacks; else `error` itself."""
-  plain = [word for word in argv if not word.startswith("--config.")]
-  if len(plain) == len(argv):
-    raise error  # the recipe's own mistake
-  keys = list(_keys(_parse(plain).config))
-  for word in argv:
-    name = word.partition("=")[0][2:]
-    known = any(key == name or key.startswith(name + ".") for key in keys)
-    if word.startswith("--config.") and not known:
-      raise Usage(f"unknown key --{name}{_close(name, keys)}") from error
-  raise error
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -142,11 +141,13 @@ def _command(argv: Sequence[str]) -> int:
   values = _parse(rest)
   keys = _keys(values.config)
   if wants_help:
-    print(_help() + f"\nkeys of {values['config'].config_filename}:")
+    print(_help() + "\nkeys of this recipe:")
     print("\n".join(f"  --{key}={value!r}" for key, value in keys.items()))
     return 0
   if not values.workdir:
     raise Usage("--workdir is missing: give a folder, --workdir=runs/NAME")
+  # Its notes on how it reads a folder say nothing to a user.
+  logging.getLogger("absl").setLevel(logging.ERROR)
   module = importlib.import_module(f"spatial_jax.{COMMANDS[command][0]}")
   if values.multihost:
     import jax

@@ -132,6 +132,7 @@ class Checkpointer:
     self._read_only = read_only
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if read_only else keep,
+      save_interval_steps=0 if read_only else 1,
       create=not read_only,
       read_only=read_only,
       # What a kill in mid-save left behind; the workdir lock makes us the only

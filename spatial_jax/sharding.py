@@ -105,11 +105,14 @@ def _spec(
         f"unknown logical axis {axis!r} in {' '.join(axes)!r}; known are "
         + ", ".join(RULES)
       )
-    names = tuple(n for n in RULES[axis] if sizes.get(n, 1) > 1)
-    if size % math.prod(sizes[n] for n in names):
+    wanted = [n for n in RULES[axis] if sizes.get(n, 1) > 1]
+    names = []
+    for name in wanted:
+      if size % math.prod(sizes[n] for n in (*names, name)) == 0:
+        names.append(name)
+    if len(names) < len(wanted):
       dropped.append(f"{axis}={size}")
-      names = ()
-    entries.append(names or None)
+    entries.append(tuple(names) or None)
   while entries and entries[-1] is None:
     entries.pop()
   return P(*entries), dropped

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spatial_jax import models
+from spatial_jax import checkpoint, models, optim, trees
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -60,6 +61,49 @@ def build(
     return compute(model, params, batch, rngs=rngs, train=train)
 
   return System(model, mod, batch, inputs, transform, init, loss)
+
+
+def start(config: Any, system: System, abstract: Any) -> tuple[Any, str]:
+  """Parameters of a run without a checkpoint, and where they are from.
+
+  Args:
+    abstract: their shapes and shardings; they are born with these.
+  """
+  key = jax.random.key(config.seed)
+  placed = jax.tree.map(lambda x: x.sharding, abstract)
+  if not config.init_from:
+    return jax.jit(system.init, out_shardings=placed)(key), "fresh weights"
+  fresh = jax.tree.map(lambda _: False, abstract)
+  if config.init_new:
+    rules = (*((r, True) for r in config.init_new), (".*", False))
+    fresh = trees.match(abstract, rules, "config.init_new")
+  old = jax.tree.map(lambda f: not f, fresh)
+  wanted = optim.subset(abstract, old)
+  if checkpoint.is_workdir(config.init_from):
+    source = checkpoint.Checkpointer(config.init_from, read_only=True)
+    params, _ = source.params(wanted)
+    source.close()
+  else:
+    params = _from_hugging_face(config, system, wanted)
+  if config.init_new:
+    # Only the new leaves are computed: the others are dead code in this jit.
+    new = jax.jit(
+      lambda key: optim.subset(system.init(key), fresh),
+      out_shardings=optim.subset(placed, fresh),
+    )(key)
+    params = optim.merge(new, params)
+  return params, f"weights of {config.init_from}"
+
+
+def _from_hugging_face(config: Any, system: System, wanted: Any) -> Any:
+  folder = pathlib.Path(config.init_from)
+  if not any(folder.glob("*.safetensors")):
+    raise FileNotFoundError(
+      f"config.init_from={config.init_from!r}: neither a workdir with "
+      "checkpoints nor a folder with *.safetensors"
+    )
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  return _module("hf").load(system.mod.KEYS, folder, wanted, shardings)
 
 
 def _identity(batch: Any) -> Any:

@@ -83,7 +83,7 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     state, _, data = saves.restore(abstract, data)
     origin = f"checkpoint {int(state['step'])} of {workdir}"
   else:
-    params, origin = _start(config, system, abstract["params"])
+    params, origin = systems.start(config, system, abstract["params"])
     init = jax.jit(
       lambda p: optimizer.tx.init(optim.subset(p, optimizer.trainable)),
       out_shardings=shardings["opt"],
@@ -183,16 +183,16 @@ def make_update(
         rngs={"dropout": dropout, "sample": sample},
         train=True,
       )
-      return value, {"loss": value, **scalars}
+      return value, {**scalars, "loss": value}
 
     grads, scalars = _gradients(loss, trained, batch, key, accumulate)
     updates, opt = optimizer.tx.update(grads, state["opt"], trained)
     trained = optax.apply_updates(trained, updates)
     params = optim.merge(trained, state["params"])
-    scalars["grad_norm"] = optax.global_norm(grads)
+    scalars["grad_norm"] = optax.tree.norm(grads)
     scalars["lr"] = optimizer.schedule(state["step"])
     for name, group in params.items():
-      scalars[f"norm/{name}"] = optax.global_norm(group)
+      scalars[f"norm/{name}"] = optax.tree.norm(group)
     return {"params": params, "opt": opt, "step": state["step"] + 1}, scalars
 
   return update
@@ -226,47 +226,6 @@ def _gradients(loss, trained, batch, key, accumulate):
   inputs = (jnp.arange(accumulate), weights, micro)
   (grads, scalars), _ = jax.lax.scan(step, zeros, inputs)
   return grads, scalars
-
-
-def _start(config: Any, system: systems.System, abstract: Any):
-  """Parameters of a run without a checkpoint, born with their shardings."""
-  key = jax.random.key(config.seed)
-  placed = jax.tree.map(lambda x: x.sharding, abstract)
-  if not config.init_from:
-    return jax.jit(system.init, out_shardings=placed)(key), "fresh weights"
-  fresh = jax.tree.map(lambda _: False, abstract)
-  if config.init_new:
-    rules = (*((r, True) for r in config.init_new), (".*", False))
-    fresh = trees.match(abstract, rules, "config.init_new")
-  old = jax.tree.map(lambda f: not f, fresh)
-  wanted = optim.subset(abstract, old)
-  if checkpoint.is_workdir(config.init_from):
-    source = checkpoint.Checkpointer(config.init_from, read_only=True)
-    params, _ = source.params(wanted)
-    source.close()
-  else:
-    params = _from_hugging_face(config, system, wanted)
-  if config.init_new:
-    # Only the new leaves are computed: the others are dead code in this jit.
-    new = jax.jit(
-      lambda key: optim.subset(system.init(key), fresh),
-      out_shardings=optim.subset(placed, fresh),
-    )(key)
-    params = optim.merge(new, params)
-  return params, f"weights of {config.init_from}"
-
-
-def _from_hugging_face(config: Any, system: systems.System, wanted: Any) -> Any:
-  folder = pathlib.Path(config.init_from)
-  if not any(folder.glob("*.safetensors")):
-    raise FileNotFoundError(
-      f"config.init_from={config.init_from!r}: neither a workdir with "
-      "checkpoints nor a folder with *.safetensors"
-    )
-  from spatial_jax import hf
-
-  shardings = jax.tree.map(lambda x: x.sharding, wanted)
-  return hf.load(system.mod.KEYS, folder, wanted, shardings)
 
 
 def _fetch(step, scalars, waited, saves, writer, speed, config):

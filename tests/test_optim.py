@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules, rules by regex, and Muon on scanned matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from spatial_jax import optim
+
+
+def params():
+  key = jax.random.split(jax.random.key(0), 3)
+  return {
+    "llm": {
+      "blocks": {
+        "up": {
+          "kernel": jax.random.normal(key[0], (3, 4, 6)),
+          "bias": jnp.ones((3, 6)),
+        }
+      },
+      "head": {"kernel": jax.random.normal(key[1], (4, 5))},
+    },
+    "vit": {"norm": {"scale": jnp.ones(4)}},
+  }
+
+
+def config(**changes):
+  out = common.defaults().optimizer
+  out.schedule.warmup, out.schedule.decay = 0.0, "none"
+  out.clip = 0.0
+  out.update(changes)
+  return out
+
+
+def one_step(config, params, grads, steps=10):
+  made = optim.make(config, steps, params)
+  trained = optim.subset(params, made.trainable)
+  grads = optim.subset(grads, made.trainable)
+  updates, _ = made.tx.update(grads, made.tx.init(trained), trained)
+  return optim.merge(optax.apply_updates(trained, updates), params)
+
+
+def ones(tree):
+  return jax.tree.map(jnp.ones_like, tree)
+
+
+def test_the_schedule_rises_holds_and_falls_to_its_final_fraction():
+  lr = optim.make_schedule(
+    2.0, 100, warmup=0.1, constant=0.4, decay="linear", final=0.02
+  )
+  assert float(lr(0)) == pytest.approx(0.2)
+  assert float(lr(9)) == pytest.approx(2.0)
+  assert float(lr(40)) == pytest.approx(2.0)
+  assert float(lr(70)) == pytest.approx(2.0 * (0.02 + 0.98 * 0.5))
+  assert float(lr(100)) == pytest.approx(0.04)
+  cosine = optim.make_schedule(
+    1.0, 100, warmup=0.0, constant=0.0, decay="cosine", final=0.0
+  )
+  assert float(cosine(50)) == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_unknown_decay_is_named():
+  with pytest.raises(ValueError, match=r"schedule.decay='exp'"):
+    optim.make_schedule(
+      1.0, 10, warmup=0.0, constant=0.0, decay="exp", final=0.0
+    )
+
+
+def test_frozen_leaves_do_not_move_and_have_no_moments():
+  start = params()
+  c = config(freeze=(("vit/.*", True), (".*", False)))
+  end = one_step(c, start, ones(start))
+  np.testing.assert_array_equal(
+    end["vit"]["norm"]["scale"], start["vit"]["norm"]["scale"]
+  )
+  assert not np.allclose(
+    end["llm"]["head"]["kernel"], start["llm"]["head"]["kernel"]
+  )
+  made = optim.make(c, 10, start)
+  state = made.tx.init(optim.subset(start, made.trainable))
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]
+  ]
+  assert not any("vit" in name for name in names)
+
+
+def test_learning_rate_factors_follow_the_first_rule_that_matches():
+  start = params()
+  c = config(lr_mult=((".*/head/.*", 0.1), ("llm/.*", 1.0), (".*", 0.0)))
+  end = one_step(c, start, ones(start))
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start, end)
+  assert moved["llm"]["head"]["kernel"] == pytest.approx(1e-4, rel=1e-2)
+  assert moved["llm"]["blocks"]["up"]["kernel"] == pytest.approx(1e-3, rel=1e-2)
+  assert moved["vit"]["norm"]["scale"] == 0
+
+
+def test_weight_decay_touches_only_what_its_rules_pick():
+  start = params()
+  zero = jax.tree.map(jnp.zeros_like, start)
+  end = one_step(config(weight_decay=0.5, lr=0.1), start, zero)
+  np.testing.assert_allclose(
+    end["llm"]["head"]["kernel"], 0.95 * start["llm"]["head"]["kernel"], 1e-6
+  )
+  np.testing.assert_array_equal(
+    end["llm"]["blocks"]["up"]["bias"], start["llm"]["blocks"]["up"]["bias"]
+  )
+
+
+def test_a_rule_that_matches_nothing_is_an_error():
+  with pytest.raises(ValueError, match=r"optimizer.freeze[\s\S]*'lm/"):
+    optim.make(config(freeze=(("lm/.*", True), (".*", False))), 10, params())
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match=r"lr_mult[\s\S]*vit/norm/scale"):
+    optim.make(config(lr_mult=(("llm/.*", 1.0),)), 10, params())
+
+
+def test_freezing_everything_is_an_error():
+  with pytest.raises(ValueError, match="no parameter to train"):
+    optim.make(config(freeze=((".*", True),)), 10, params())
+
+
+def test_an_unknown_optimizer_is_named():
+  with pytest.raises(ValueError, match="'sgd'; expected 'adamw' or 'muon'"):
+    optim.make(config(name="sgd"), 10, params())
+
+
+def test_muon_treats_each_scanned_layer_as_its_own_matrix():
+  start = params()
+  grads = jax.tree.map(
+    lambda x: jax.random.normal(jax.random.key(1), x.shape), start
+  )
+  kernel = start["llm"]["blocks"]["up"]["kernel"]
+  c = config(name="muon", lr=0.02)
+  step = one_step(c, start, grads)["llm"]["blocks"]["up"]["kernel"] - kernel
+  # The layers alone, as plain matrices through optax's own Muon.
+  for layer in range(3):
+    alone = optax.contrib.muon(0.02)
+    grad = {"w": grads["llm"]["blocks"]["up"]["kernel"][layer]}
+    weight = {"w": kernel[layer]}
+    want, _ = alone.update(grad, alone.init(weight), weight)
+    np.testing.assert_allclose(step[layer], want["w"], rtol=1e-4, atol=1e-6)
+  # Orthogonal: all singular values are near lr * sqrt(out / in).
+  values = np.linalg.svd(step, compute_uv=False) / (0.02 * np.sqrt(6 / 4))
+  assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_leaves_the_rest_to_adam_at_its_own_rate():
+  start = params()
+  end = one_step(config(name="muon", lr=0.02), start, ones(start))
+  moved = jnp.abs(end["llm"]["head"]["kernel"] - start["llm"]["head"]["kernel"])
+  assert float(moved.max()) == pytest.approx(0.02 * 0.15, rel=1e-3)
+
+
+def test_muon_refuses_vectors():
+  c = config(name="muon")
+  c.muon.matrices = ((".*", True),)
+  with pytest.raises(ValueError, match=r"picks vit/norm/scale"):
+    optim.make(c, 10, params())
