@@ -166,18 +166,32 @@ def draw_boxes(
         ends.extend(pixel)
     if ends:
       labels.append((np.array(ends), category(scene, index), color))
+  taken = []
   for ends, name, color in labels:
     inside = ends[((ends > 0) & (ends < big.shape[1::-1])).all(-1)]
     if len(inside):
-      left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
-      x, y = inside.mean(0) - (0, bottom)
-      x = float(np.clip(x - right / 2, 2, max(big.shape[1] - right - 6, 2)))
-      y = float(np.clip(y, 2, max(big.shape[0] - bottom - 6, 2)))
-      pen.rectangle(
-        (x + left - 4, y + top - 3, x + right + 4, y + bottom + 3), fill=color
-      )
+      wide, high = pen.textbbox((0, 0), name, font=font)[2:]
+      room = np.maximum(np.subtract(big.shape[1::-1], (wide + 6, high + 6)), 2)
+      x, y = np.clip(inside.mean(0) - (wide / 2, high / 2), 2, room)
+      y = free(x, y, wide + 8, high + 8, taken)
+      pen.rectangle((x - 4, y - 1, x + wide + 4, y + high + 4), fill=color)
       pen.text((x, y), name, fill="white", font=font)
   return np.asarray(canvas.reduce(2))
+
+
+def free(
+  x: float, y: float, wide: float, high: float, taken: list[tuple]
+) -> float:
+  """The y nearest to the one wanted at which a label covers no other."""
+  for shift in (0, 1, -1, 2, -2, 3, -3):
+    at = y + shift * high
+    if not any(
+      x < left + other and left < x + wide and abs(at - top) < high
+      for left, top, other in taken
+    ):
+      break
+  taken.append((x, at, wide))
+  return at
 
 
 def cut(a: Array, b: Array) -> np.ndarray | None:
@@ -289,17 +303,9 @@ def label_objects(scene, order, low, high, unit) -> list[str]:
     half = 0.29 * size * len(name)
     x = float(np.clip(x - low[0], half, high[0] - low[0] - half))
     y = float(high[1] - y)
-    for shift in (0, 1, -1, 2, -2, 3, -3):
-      box = (x - half, y + shift * size * 1.05, half)
-      if not any(
-        abs(box[0] + half - t[0] - t[2]) < half + t[2]
-        and abs(box[1] - t[1]) < size
-        for t in taken
-      ):
-        break
-    taken.append(box)
+    y = free(x - half, y, 2 * half, size * 1.02, taken)
     parts.append(
-      f'<text x="{box[0] + half:.3f}" y="{box[1] + size * 0.35:.3f}" '
+      f'<text x="{x:.3f}" y="{y + size * 0.35:.3f}" '
       f'text-anchor="middle" font-size="{size:.3f}" fill="{INK}" '
       f'stroke="#fff" stroke-opacity="0.8" stroke-width="{size * 0.2:.3f}" '
       f'paint-order="stroke">{html.escape(name)}</text>'

@@ -405,7 +405,10 @@ def page(data: Mapping) -> str:
       f'<h2>Training</h2><div class="curves-row">{"".join(curves)}</div>'
     )
   if data.get("rooms"):
-    parts.append("<h2>Rooms and answers</h2>")
+    answered = any(
+      "answer" in q for room in data["rooms"] for q in room.get("questions", ())
+    )
+    parts.append(f"<h2>Rooms{' and answers' * answered}</h2>")
     parts += [room_section(room) for room in data["rooms"]]
   if data.get("settings"):
     rows = "".join(
