@@ -256,18 +256,18 @@ class Checkpointer:
     """One item; leaves of the checkpoint that `abstract` lacks are skipped."""
     manifest = meta["leaves"][item]
     names = trees.flatten(abstract)
-    extra = set(manifest) - set(names)
-    if extra:
-      abstract = trees.unflatten(
-        {**names, **dict.fromkeys(extra, ocp.PLACEHOLDER)}
-      )
+    wanted = trees.unflatten(names)
+    args = ocp.args.PyTreeRestore(
+      wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=True,
+    )
+    if set(names) == set(manifest):
+      # The optimizer's named tuples come back as what they are.
+      args = ocp.args.StandardRestore(abstract)
     out = self._manager.restore(
-      step,
-      args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}),
+      step, args=ocp.args.Composite(**{item: args})
     )[item]
-    if extra:
-      flat = trees.flatten(out)
-      out = trees.unflatten({name: flat[name] for name in names})
     _verify(manifest, out, self._where(step))
     return out
 
