@@ -265,9 +265,14 @@ class Checkpointer:
     if set(names) == set(manifest):
       # The optimizer's named tuples come back as what they are.
       args = ocp.args.StandardRestore(abstract)
-    out = self._manager.restore(
-      step, args=ocp.args.Composite(**{item: args})
-    )[item]
+    out = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[
+      item
+    ]
+    flat = trees.flatten(out)
+    # The caller's own structure, with the subtrees it left out.
+    out = jax.tree.unflatten(
+      jax.tree.structure(abstract), [flat[name] for name in names]
+    )
     _verify(manifest, out, self._where(step))
     return out
 

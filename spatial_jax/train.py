@@ -269,7 +269,8 @@ def _counter(config: Any, system: systems.System, params: Any):
   def count(batch):
     tokens = rows * length
     if "segments" in batch:
-      tokens = np.count_nonzero(batch["segments"]) * jax.process_count()
+      here = int(np.count_nonzero(batch["segments"]))
+      tokens = here * jax.process_count()
     return {"steps": 1, "tokens": tokens, "frames": frames, "flops": flops}
 
   return count

@@ -2,6 +2,7 @@
 """Rows whose labels are the tokens themselves; no jax, as workers demand."""
 
 import sys
+import time
 
 import numpy as np
 
@@ -9,15 +10,18 @@ VOCAB, LENGTH = 16, 8
 
 
 class Source:
-  """Row i depends on i alone."""
+  """Row i depends on i alone; after `slow_after` reads each takes a second."""
 
-  def __init__(self, rows: int):
-    self._rows = rows
+  def __init__(self, rows: int, slow_after: int = 0):
+    self._rows, self._slow_after, self._reads = rows, slow_after, 0
 
   def __len__(self):
     return self._rows
 
   def __getitem__(self, index):
+    self._reads += 1
+    if self._slow_after and self._reads > self._slow_after:
+      time.sleep(1.0)
     rng = np.random.default_rng([7, int(index)])
     tokens = rng.integers(0, VOCAB, LENGTH, dtype=np.int32)
     weight = rng.integers(0, 2, LENGTH).astype(np.float32)
@@ -33,4 +37,4 @@ class Source:
 
 
 def make(config, split):
-  return Source(config.data.rows[split])
+  return Source(config.data.rows[split], config.data.get("slow_after", 0))
