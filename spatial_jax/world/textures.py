@@ -36,7 +36,7 @@ def _pick(kind: Array, checker, stripes, speckle) -> Array:
 def object_factor(kind: Array, local: tuple, index: Array) -> Array:
   """Pattern in an object's own axes; `index` makes its grain its own."""
   x, y, z = (c + 1e-3 for c in local)
-  grain = _hash(50 * x, 50 * y, 50 * z, index.astype(jnp.float32))
+  grain = _hash(50 * x, 50 * y, 50 * z, index)
   return _pick(
     kind,
     1 - 0.3 * _checker(10 * x, 10 * y, 10 * z),
