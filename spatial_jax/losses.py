@@ -21,7 +21,8 @@ def token_losses(
   logits = logits.astype(jnp.float32)
   # A comparison with iota instead of a gather: its gradient is no scatter, and
   # a sharded vocabulary stays sharded.
-  hit = jnp.arange(logits.shape[-1]) == labels[..., None]
+  ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, labels.ndim)
+  hit = ids == labels[..., None]
   chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
   cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
   correct = (chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32)

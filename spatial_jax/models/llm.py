@@ -204,8 +204,8 @@ class Model(nn.Module):
     cache: Cache | None = None,
     *,
     embeddings: Float[Array, "B T D"] | None = None,
-    last: Int[Array, B] | None = None,
-  ) -> tuple[Float[Array, "B T V"], Out]:
+    last: Int[Array, " B"] | None = None,
+  ) -> tuple[Float[Array, "B logits V"], Out]:
     """Logits and intermediates.
 
     Args:

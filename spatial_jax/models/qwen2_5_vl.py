@@ -157,9 +157,9 @@ class Model(nn.Module):
     layout: dict[str, Array] | None = None,
     cache: llm.Cache | None = None,
     *,
-    last: Int[Array, B] | None = None,
+    last: Int[Array, " B"] | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, "B T V"], Out]:
+  ) -> tuple[Float[Array, "B logits V"], Out]:
     """Logits and named intermediates.
 
     `out` holds "vit/tokens" [B P Dv], "vit/merged" [B M D], "llm/embedding"

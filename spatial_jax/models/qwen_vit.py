@@ -35,7 +35,7 @@ from flax import linen as nn
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention
-from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm
+from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm, fan_in_init
 from spatial_jax.types import Array, Float
 
 Grid = tuple[int, int, int]
@@ -66,6 +66,24 @@ KEYS = (
   ("merger.mlp.2.weight", "merger/down/kernel"),
   ("merger.mlp.2.bias", "merger/down/bias"),
 )
+
+
+class PatchEmbed(nn.Module):
+  """Convolution whose stride is its size: a product with flattened patches."""
+
+  features: int
+  size: tuple[int, int, int, int]  # temporal, y, x, channels
+  dtype: str
+
+  @nn.compact
+  def __call__(self, patches: Float[Array, "B P C"]) -> Float[Array, "B P D"]:
+    # Stored as a convolution, so that the published tensor maps onto it.
+    shape = (*self.size, self.features)
+    kernel = self.param("kernel", fan_in_init, shape)
+    kernel = kernel.transpose(3, 0, 1, 2, 4).reshape(-1, self.features)
+    flat = patches.reshape(-1, kernel.shape[0]).astype(self.dtype)
+    y = flat @ kernel.astype(self.dtype)
+    return y.reshape(*patches.shape[:-1], self.features)
 
 
 class Block(nn.Module):
@@ -186,12 +204,17 @@ class Model(nn.Module):
     """Merged tokens and intermediates; exactly one of grid and layout."""
     self._check(patches, grid, layout)
     B, P, _ = patches.shape
-    x = Dense(self.width, False, self.dtype, name="patch_embed")(patches)
+    x = PatchEmbed(
+      self.width,
+      (self.temporal_patch, self.patch, self.patch, self.channels),
+      self.dtype,
+      name="patch_embed",
+    )(patches)
     x = self._add_tables(x, grid)
     head_dim = self.width // self.heads
     if grid is not None:
       x = x.reshape(B * grid[0], -1, self.width)
-      rows = grid_positions(*grid[1:], self.merge)
+      rows = grid_positions(*grid[1:], self.merge)[None]
     else:
       rows = layout["patch_positions"]
     rotary = rope.grid(rows, head_dim, self.theta)
@@ -226,9 +249,8 @@ class Model(nn.Module):
       table = self._table(
         "merged_frame_embed", self.frame_table, self.out_width
       )
-      merged = merged + jnp.repeat(
-        table[: grid[0]], merged.shape[1] // grid[0], axis=0
-      )
+      size = merged.shape[1] // grid[0]
+      merged = merged + jnp.repeat(table[: grid[0]], size, axis=0)[None]
     out["vit/merged"] = merged
     return merged, out
 
@@ -244,11 +266,11 @@ class Model(nn.Module):
       m = self.merge
       table = table.reshape(h // m, m, w // m, m, self.width)
       table = table.transpose(0, 2, 1, 3, 4).reshape(h * w, self.width)
-      x = x.reshape(x.shape[0], grid[0], h * w, self.width) + table
+      x = x.reshape(x.shape[0], grid[0], h * w, self.width) + table[None, None]
     if self.frame_table:
       table = self._table("frame_embed", self.frame_table, self.width)
       x = x.reshape(x.shape[0], grid[0], -1, self.width)
-      x = x + table[: grid[0], None]
+      x = x + table[None, : grid[0], None]
     return x.reshape(x.shape[0], -1, self.width)
 
   def _check(self, patches, grid, layout):

@@ -38,7 +38,7 @@ class Dense(nn.Module):
     y = y @ kernel.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
-      y = y + bias.astype(self.dtype)
+      y = y + bias.astype(self.dtype)[None]
     return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -51,9 +51,10 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-    return (x * scale.astype(jnp.float32)).astype(self.dtype)
+    return (x * scale).astype(self.dtype)
 
 
 class GatedMlp(nn.Module):

@@ -46,19 +46,20 @@ def multimodal(
   # A product with a constant 0/1 matrix would round on a TPU; a static index
   # is exact, and positions need no gradient.
   ids = jnp.asarray(positions, jnp.float32)[:, axis]  # [B H/2 T]
-  angle = jnp.swapaxes(ids, 1, 2) * frequencies(head_dim, theta)
+  angle = jnp.swapaxes(ids, 1, 2) * frequencies(head_dim, theta)[None, None]
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def grid(positions: Int[Array, "*b 2"], head_dim: int, theta: float) -> Rotary:
   """cos and sin [*b H/2] for (row, column): half of the pairs for each."""
   freqs = frequencies(head_dim // 2, theta)  # [H/4]
+  freqs = jnp.expand_dims(freqs, range(positions.ndim))
   angle = jnp.asarray(positions, jnp.float32)[..., None] * freqs
   angle = angle.reshape(*positions.shape[:-1], head_dim // 2)
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "*b T N H"], rotary: Rotary) -> Float[Array, ...]:
+def rotate(x: Float[Array, "*b T N H"], rotary: Rotary) -> Array:
   """Rotates all heads; the tables are [*b T H/2] or broadcast to that."""
   cos, sin = (table[..., None, :] for table in rotary)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

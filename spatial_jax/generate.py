@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a model: one pass over the prompts, then token by token.
+
+A model that can generate has `init_cache(batch, length)` and an `__call__`
+that takes tokens, positions, segments, cache and last; see `models.llm.Model`.
+
+Letters: B batch, T prompt length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax.types import Array, Float, Int
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "model",
+    "max_new_tokens",
+    "stop_ids",
+    "temperature",
+    "top_p",
+    "pad_id",
+  ),
+)
+def generate(
+  model: nn.Module,
+  params: Any,
+  batch: Mapping[str, Any],
+  *,
+  max_new_tokens: int,
+  stop_ids: tuple[int, ...],
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  key: Array | None = None,
+  pad_id: int = 0,
+) -> tuple[Int[Array, "B new"], Int[Array, " B"]]:
+  """Continues every row of a batch.
+
+  Prompts may be padded on either side, where `segments` is 0. Each row has one
+  segment, apart from shared tokens.
+
+  Args:
+    model: hashable, as `models.build` makes it.
+    batch: keyword arguments of the model: tokens, positions, segments and, for
+      prompts with images, patches and layout.
+    stop_ids: tokens that end a row; they count as part of the answer.
+    temperature: 0 takes the most likely token.
+    top_p: samples among the likeliest tokens that reach this probability.
+    key: of `jax.random`, needed when temperature is above 0.
+    pad_id: what fills a row after its end.
+
+  Returns:
+    new tokens and how many of each row are valid.
+  """
+  if temperature > 0 and key is None:
+    raise ValueError(f"temperature={temperature} needs a random key")
+  tokens, segments = batch["tokens"], batch["segments"]
+  B, T = tokens.shape
+  # The last valid token of each row, whichever side the padding is on.
+  last = T - 1 - jnp.argmax((segments > 0)[:, ::-1], axis=1)
+  segment = jnp.take_along_axis(segments, last[:, None], axis=1)  # [B 1]
+  valid = (segments > 0)[:, None]
+  position = jnp.max(jnp.where(valid, batch["positions"], 0), axis=(1, 2)) + 1
+  keys = jax.random.split(
+    jax.random.key(0) if key is None else key, max_new_tokens
+  )
+  stops = jnp.array(stop_ids or (-1,), jnp.int32)
+
+  def call(**kwargs):
+    logits, out = model.apply({"params": params}, **kwargs)
+    return logits[:, 0], out["cache"]
+
+  def pick(logits, step):
+    return sample(logits, keys[step], temperature=temperature, top_p=top_p)
+
+  def is_running(state):
+    return (state["step"] < max_new_tokens) & ~jnp.all(state["done"])
+
+  def step(state):
+    # Rows that have ended write tokens of segment 0, which nobody sees.
+    logits, cache = call(
+      tokens=state["token"][:, None],
+      positions=jnp.broadcast_to(state["position"][:, None, None], (B, 3, 1)),
+      segments=jnp.where(state["done"][:, None], 0, segment),
+      cache=state["cache"],
+      last=jnp.zeros(B, jnp.int32),
+    )
+    return emit({**state, "cache": cache}, logits)
+
+  def emit(state, logits):
+    token = pick(logits, state["step"])
+    token = jnp.where(state["done"], pad_id, token)
+    return {
+      "cache": state["cache"],
+      "token": token,
+      "tokens": state["tokens"].at[:, state["step"]].set(token),
+      "position": state["position"] + 1,
+      "length": state["length"] + ~state["done"],
+      "done": state["done"] | jnp.isin(token, stops),
+      "step": state["step"] + 1,
+    }
+
+  cache = model.init_cache(B, T + max_new_tokens)
+  logits, cache = call(**batch, cache=cache, last=last)
+  state = emit(
+    {
+      "cache": cache,
+      "tokens": jnp.full((B, max_new_tokens), pad_id, jnp.int32),
+      # One before: `emit` adds one for the token that it picks.
+      "position": position - 1,
+      "length": jnp.zeros(B, jnp.int32),
+      "done": jnp.zeros(B, bool),
+      "step": jnp.zeros((), jnp.int32),
+    },
+    logits,
+  )
+  state = jax.lax.while_loop(is_running, step, state)
+  return state["tokens"], state["length"]
+
+
+def sample(
+  logits: Float[Array, "B V"],
+  key: Array,
+  *,
+  temperature: float,
+  top_p: float,
+) -> Int[Array, " B"]:
+  """One token of each row."""
+  if temperature <= 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits.astype(jnp.float32) / temperature
+  if top_p < 1:
+    ordered = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    # The likeliest token stays even with top_p = 0.
+    kept = jnp.sum(before < top_p, axis=-1).clip(1)
+    least = jnp.take_along_axis(ordered, kept[:, None] - 1, axis=-1)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
