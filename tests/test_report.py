@@ -3,6 +3,8 @@
 
 import html.parser
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -209,3 +211,26 @@ def test_ticks_are_few_and_inside(low, high):
   found = drawing.ticks(low, high)
   assert 2 <= len(found) <= 5
   assert low <= found[0] and found[-1] <= high
+
+
+def test_view_shows_rooms_of_a_recipe(tmp_path):
+  from configs import demo
+
+  path = report.main(demo.get_config("test"), str(tmp_path), rooms=1)
+  text = path.read_text(encoding="utf-8")
+  assert path == tmp_path / "view.html"
+  assert text.count("<section") == 1
+  assert "In this room" in text or "in this room" in text
+  assert "(in meters)" in text or "square meters" in text
+
+
+def test_view_needs_rooms(tmp_path, monkeypatch):
+  from configs import demo
+
+  without = types.ModuleType("without_rooms")
+  without.make = lambda config, split: [config, split]
+  monkeypatch.setitem(sys.modules, "without_rooms", without)
+  config = demo.get_config("test")
+  config.data.source = "without_rooms"
+  with pytest.raises(ValueError, match=r"rooms of the world.*without_rooms"):
+    report.main(config, str(tmp_path))
