@@ -13,11 +13,12 @@ import numpy as np
 
 from spatial_jax.types import Array, Bool, Float
 
+Angle = Array | float | np.floating  # radians, [*b]
 _CORNERS = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) / 2
 
 
 def rectangle(
-  center: Float[Array, "*b 3"], size: Float[Array, "*b 3"], yaw: Array
+  center: Float[Array, "*b 3"], size: Float[Array, "*b 3"], yaw: Angle
 ) -> Float[Array, "*b 4 2"]:
   """Footprint corners, counter-clockwise."""
   xp = center.__array_namespace__()
@@ -31,7 +32,7 @@ def rectangle(
 
 
 def corners(
-  center: Float[Array, "*b 3"], size: Float[Array, "*b 3"], yaw: Array
+  center: Float[Array, "*b 3"], size: Float[Array, "*b 3"], yaw: Angle
 ) -> Float[Array, "*b 8 3"]:
   """The four lower corners counter-clockwise, then the four upper ones."""
   xp = center.__array_namespace__()
@@ -67,7 +68,7 @@ def rectangles_overlap(
       pb = (b * axis[..., None, :]).sum(-1)
       gap = (pa.max(-1) <= pb.min(-1)) | (pb.max(-1) <= pa.min(-1))
       apart = gap if apart is None else apart | gap
-  return xp.logical_not(apart)
+  return xp.asarray(xp.logical_not(apart))
 
 
 def rectangle_distance(
@@ -77,16 +78,17 @@ def rectangle_distance(
   xp = a.__array_namespace__()
   ab = _point_segment(a, b, xp.roll(b, -1, axis=-2)).min((-1, -2))
   ba = _point_segment(b, a, xp.roll(a, -1, axis=-2)).min((-1, -2))
-  return xp.where(rectangles_overlap(a, b), 0.0, xp.minimum(ab, ba))
+  touching = rectangles_overlap(a, b)
+  return xp.asarray(xp.where(touching, 0.0, xp.minimum(ab, ba)))
 
 
 def upright_distance(
   center_a: Float[Array, "*b 3"],
   size_a: Float[Array, "*b 3"],
-  yaw_a: Array,
+  yaw_a: Angle,
   center_b: Float[Array, "*b 3"],
   size_b: Float[Array, "*b 3"],
-  yaw_b: Array,
+  yaw_b: Angle,
 ) -> Float[Array, "*b"]:
   """Closest-point distance of upright boxes; 0 where they touch or overlap.
 
@@ -99,7 +101,7 @@ def upright_distance(
   )
   apart = xp.abs(center_a[..., 2] - center_b[..., 2])
   gap = xp.maximum(apart - (size_a[..., 2] + size_b[..., 2]) / 2, 0)
-  return xp.hypot(flat, gap)
+  return xp.asarray(xp.hypot(flat, gap))
 
 
 def iou_aligned(
@@ -113,7 +115,7 @@ def iou_aligned(
   edges = xp.minimum(high_a, high_b) - xp.maximum(low_a, low_b)
   both = xp.prod(xp.maximum(edges, 0), axis=-1)
   total = xp.prod(high_a - low_a, axis=-1) + xp.prod(high_b - low_b, axis=-1)
-  return both / xp.maximum(total - both, 1e-12)
+  return xp.asarray(both / xp.maximum(total - both, 1e-12))
 
 
 def _inside(points: Array, rect: Array) -> Array:
@@ -162,16 +164,16 @@ def intersection_area(
   points = xp.take_along_axis(points, order[..., None], axis=-2)
   x, y = points[..., 0], points[..., 1]
   area = (x * xp.roll(y, -1, axis=-1) - y * xp.roll(x, -1, axis=-1)).sum(-1)
-  return xp.where(valid.any(-1), xp.maximum(area / 2, 0), 0.0)
+  return xp.asarray(xp.where(valid.any(-1), xp.maximum(area / 2, 0), 0.0))
 
 
 def iou_birds_eye(
   center_a: Float[Array, "*b 3"],
   size_a: Float[Array, "*b 3"],
-  yaw_a: Array,
+  yaw_a: Angle,
   center_b: Float[Array, "*b 3"],
   size_b: Float[Array, "*b 3"],
-  yaw_b: Array,
+  yaw_b: Angle,
 ) -> Float[Array, "*b"]:
   """Intersection over union of the footprints of upright boxes."""
   xp = center_a.__array_namespace__()
@@ -179,16 +181,16 @@ def iou_birds_eye(
     rectangle(center_a, size_a, yaw_a), rectangle(center_b, size_b, yaw_b)
   )
   total = size_a[..., 0] * size_a[..., 1] + size_b[..., 0] * size_b[..., 1]
-  return both / xp.maximum(total - both, 1e-12)
+  return xp.asarray(both / xp.maximum(total - both, 1e-12))
 
 
 def iou_upright(
   center_a: Float[Array, "*b 3"],
   size_a: Float[Array, "*b 3"],
-  yaw_a: Array,
+  yaw_a: Angle,
   center_b: Float[Array, "*b 3"],
   size_b: Float[Array, "*b 3"],
-  yaw_b: Array,
+  yaw_b: Angle,
 ) -> Float[Array, "*b"]:
   """Intersection over union of upright boxes, in space."""
   xp = center_a.__array_namespace__()
@@ -200,4 +202,4 @@ def iou_upright(
   tall = xp.maximum(xp.minimum(a1, b1) - xp.maximum(a0, b0), 0)
   both = flat * tall
   total = xp.prod(size_a, axis=-1) + xp.prod(size_b, axis=-1)
-  return both / xp.maximum(total - both, 1e-12)
+  return xp.asarray(both / xp.maximum(total - both, 1e-12))

@@ -116,14 +116,14 @@ def project(
 
 def from_heading(
   position: Float[np.ndarray, "*b 3"],
-  heading: Float[np.ndarray, "*b"],
-  pitch: Float[np.ndarray, "*b"],
+  heading: np.ndarray | float,
+  pitch: np.ndarray | float,
 ) -> Float[np.ndarray, "*b 4 4"]:
   """world_from_camera of a level camera.
 
   Args:
-    heading: radians, counter-clockwise from +x seen from above.
-    pitch: radians, positive looks up.
+    heading: radians [*b], counter-clockwise from +x seen from above.
+    pitch: radians [*b], positive looks up.
   """
   cos, sin = np.cos(heading), np.sin(heading)
   up, flat = np.sin(pitch), np.cos(pitch)

@@ -70,30 +70,22 @@ def room(rng: np.random.Generator, area, l_shaped: float) -> Room:
   aspect = math.exp(0.7 * u[1] - 0.35)
   height = 2.4 + 0.6 * u[2]
   cut = u[3] < l_shaped
-  share = (0.3 + 0.25 * u[4], 0.3 + 0.25 * u[5]) if cut else (0, 0)
+  share = (0.3 + 0.25 * u[4], 0.3 + 0.25 * u[5]) if cut else (0.0, 0.0)
   # The L has the wanted area: its bounding rectangle is larger.
   bound = size / (1 - share[0] * share[1])
   w, d = math.sqrt(bound * aspect), math.sqrt(bound / aspect)
   if not cut:
-    return Room([(0, 0), (w, 0), (w, d), (0, d)], w, d, height, None)
-  a, b = w * share[0], d * share[1]
-  corner = int(u[6] * 4)
-  polygon, notch = {
-    0: ([(a, 0), (w, 0), (w, d), (0, d), (0, b), (a, b)], (0, 0, a, b)),
-    1: (
-      [(0, 0), (w - a, 0), (w - a, b), (w, b), (w, d), (0, d)],
-      (w - a, 0, w, b),
-    ),
-    2: (
-      [(0, 0), (w, 0), (w, d - b), (w - a, d - b), (w - a, d), (0, d)],
-      (w - a, d - b, w, d),
-    ),
-    3: (
-      [(0, 0), (w, 0), (w, d), (a, d), (a, d - b), (0, d - b)],
-      (0, d - b, a, d),
-    ),
-  }[corner]
-  return Room(polygon, w, d, height, notch)
+    return Room([(0.0, 0.0), (w, 0.0), (w, d), (0.0, d)], w, d, height, None)
+  a, b = w - w * share[0], d - d * share[1]
+  polygon = [(0.0, 0.0), (w, 0.0), (w, b), (a, b), (a, d), (0.0, d)]
+  x0, y0, x1, y1 = a, b, w, d
+  if u[6] < 0.5:  # mirrored, and back to counter-clockwise
+    polygon = [(w - x, y) for x, y in reversed(polygon)]
+    x0, x1 = w - x1, w - x0
+  if u[6] * 2 % 1 < 0.5:
+    polygon = [(x, d - y) for x, y in reversed(polygon)]
+    y0, y1 = d - y1, d - y0
+  return Room(polygon, w, d, height, (x0, y0, x1, y1))
 
 
 def openings(rng: np.random.Generator, room: Room, doors, windows):

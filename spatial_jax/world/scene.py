@@ -158,7 +158,7 @@ def assemble(
   }
 
 
-def polygon(vertices: np.ndarray) -> np.ndarray:
+def polygon(vertices) -> np.ndarray:
   """Vertices [n 2] padded to f32[8 2] by repeating the last one."""
   out = np.empty((8, 2), np.float32)
   out[: len(vertices)] = vertices
@@ -166,7 +166,7 @@ def polygon(vertices: np.ndarray) -> np.ndarray:
   return out
 
 
-def polygon_area(vertices: np.ndarray) -> float:
+def polygon_area(vertices) -> float:
   x, y = np.asarray(vertices, np.float64).T
   return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
@@ -210,6 +210,7 @@ def sample(
     raise ValueError(f"split {split!r}: expected one of {SPLITS}")
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
   room = placement.room(rng, area, l_shaped)
+  outline = np.array(room.polygon)
   openings = placement.openings(rng, room, doors, windows)
   wanted = _categories(
     rng, objects, distinct, repeated, max_objects - len(openings)
@@ -239,9 +240,9 @@ def sample(
     max_objects=max_objects,
     max_primitives=max_primitives,
   )
-  scene["room_polygon"] = polygon(room.polygon)
+  scene["room_polygon"] = polygon(outline)
   scene["room_height"] = np.float32(room.height)
-  scene["room_size"] = np.float32(polygon_area(room.polygon))
+  scene["room_size"] = np.float32(polygon_area(outline))
   return scene | surfaces(rng, textures)
 
 
