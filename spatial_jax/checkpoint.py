@@ -158,7 +158,8 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state["params"]),
+        # The one kind that can be read in part; orbax ties an item to a kind.
+        params=ocp.args.PyTreeSave(state["params"]),
         opt=ocp.args.StandardSave(state["opt"]),
         meta=ocp.args.JsonSave({**meta, "step": step, "leaves": leaves}),
         data=grain.checkpoint.CheckpointSave(data),
@@ -262,7 +263,7 @@ class Checkpointer:
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=True,
     )
-    if set(names) == set(manifest):
+    if item != "params":
       # The optimizer's named tuples come back as what they are.
       args = ocp.args.StandardRestore(abstract)
     out = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[
