@@ -21,17 +21,25 @@ from spatial_jax.world import scene
 # Per room and pass; what doesn't fit in data.world.text_length is dropped.
 QUESTIONS = {
   "object_counting": 2,
-  "object_abs_distance": 2,
+  "object_abs_distance": 3,
   "object_size_estimation": 2,
   "room_size_estimation": 1,
-  "object_rel_distance": 2,
-  "object_rel_direction_easy": 2,
+  "object_rel_distance": 3,
+  "object_rel_direction_easy": 3,
   "object_rel_direction_medium": 3,
   "object_rel_direction_hard": 3,
-  "route_planning": 2,
+  "route_planning": 3,
   "obj_appearance_order": 1,
   "camera_left_right": 1,
   "camera_front_behind": 1,
+}
+# Enough different things in a room to ask about.
+SCENE = scene.SIMPLE | {
+  "max_objects": 12,
+  "max_primitives": 48,
+  "objects": (6, 12),
+  "distinct": (6, 8),
+  "repeated": 0.3,
 }
 DENSE = {"category": 0.5, "point": 0.5, "room_point": 0.5, "align": 0.5}
 # Token terms: (weight, after which block of the language model).
@@ -79,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "text_length": chunk * chunks,
       "chunk": chunk,
       "questions_per_room": QUESTIONS,
-      "scene": dict(scene.SIMPLE),
+      "scene": SCENE,
       "blind": arg.blind,
       "layouts_path": arg.layouts,
     }
@@ -91,7 +99,9 @@ def get_config(arg: str = "") -> ConfigDict:
       c.auxiliary.answer = 0.0
     else:
       c.auxiliary.update(TOKENS)
-      c.init.match_query_key = (2, 1.3)
+      # The vision stage has trained all but the heads of the token terms.
+      c.init_new = (f"aux/({'|'.join(TOKENS)})/.*",)
+    c.init.match_query_key = (2, 1.3)
 
   c.optimizer.update(
     {"name": "muon", "lr": 0.02, "b2": 0.98, "weight_decay": 0.01}

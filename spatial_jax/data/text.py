@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
@@ -80,7 +80,7 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     return self.backend.encode(text, add_special_tokens=False).ids
 
-  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+  def decode(self, ids: Iterable, skip_special: bool = True) -> str:
     ids = [int(i) for i in ids]
     return self.backend.decode(ids, skip_special_tokens=skip_special)
 

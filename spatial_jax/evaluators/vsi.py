@@ -9,7 +9,6 @@ relative accuracy under the model's distribution (the same for every model).
 from __future__ import annotations
 
 import collections
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +16,16 @@ import numpy as np
 import tqdm
 
 from spatial_jax.evaluators import qa
-from spatial_jax.world import dataset, questions, vocabulary
+from spatial_jax.world import dataset, observe, questions, vocabulary
 
 
 def answer_distributions(model, mod, config):
   """Jitted (params, batch) -> log p[B, Q, V] of the answers of packed rows."""
-  observe = None
-  if config.data.get("render"):
-    from spatial_jax.world import observe as observe_lib
-
-    observe = observe_lib.make(config)
+  see = observe.make(config) if config.data.get("render") else lambda x: x
 
   def forward(params, batch):
-    if observe is not None:
-      batch = observe(batch)
-    inputs = {k: batch[k] for k in mod.INPUTS(config) if k in batch}
-    logits, _ = model.apply({"params": params}, **inputs)
+    batch = see(batch)
+    logits, _ = model.apply({"params": params}, **mod.arguments(batch))
     at = jnp.maximum(batch["answer_at"], 0)
     picked = jnp.take_along_axis(logits, at[..., None], 1)
     return jax.nn.log_softmax(picked.astype(jnp.float32))
@@ -103,7 +96,19 @@ def score(pairs, variant: str = "original") -> dict:
     if kind in questions.VSI_TYPES
     for value in values
   ]
-  return {"per_type": per_type, "vsi": qa.aggregate(vsi)}
+  total = qa.aggregate(vsi)["all"]
+  return {
+    "macro": 100 * (total["macro"] or 0.0),
+    "micro": 100 * (total["micro"] or 0.0),
+    "per_type": dict(sorted(per_type.items(), key=_order)),
+  }
+
+
+def _order(item) -> tuple:
+  """The benchmark's tasks first, in its order."""
+  known = questions.VSI_TYPES
+  kind = item[0]
+  return (known.index(kind) if kind in known else len(known), kind)
 
 
 def evaluate(
@@ -121,12 +126,9 @@ def evaluate(
 ) -> dict:
   """Per-type table; `keep` rooms' questions and answers ride along."""
   del mesh
-  with config.unlocked():
-    data = config.copy_and_resolve_references()
-  data.data.world.rooms = rooms
-  data.data.world.draws = 1
-  source = importlib.import_module(config.data.source).make(data, split)
-  assert isinstance(source, dataset.World)
+  config = config.copy_and_resolve_references()
+  config.data.world.rooms = rooms
+  source = dataset.make(config, split)
   got = predict(config, model, mod, params, source, batch_size)
   result = score([pair for _, pairs in got for pair in pairs], variant)
   result["examples"] = [

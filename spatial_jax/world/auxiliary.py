@@ -29,6 +29,14 @@ ALIGN_SCALE = 10.0
 CATEGORIES = len(scene_lib.CATEGORIES)
 
 
+class Bias(nn.Module):
+  """One number."""
+
+  @nn.compact
+  def __call__(self) -> Array:
+    return self.param("bias", nn.initializers.zeros, (1,))
+
+
 class Heads(nn.Module):
   """Linear heads; `__call__` returns name -> prediction."""
 
@@ -53,7 +61,7 @@ class Heads(nn.Module):
       y = head("room_point", out["vit/merged"], 3 * self.merge)
       got["room_point"] = y.reshape(y.shape[0], -1, 3)
     if "align" in self.dense:
-      got["align_bias"] = self.param("align/bias", nn.initializers.zeros, (1,))
+      got["align_bias"] = Bias(name="align")()
     for group, block in self.tokens:
       width = targets.GROUPS[group].stop - targets.GROUPS[group].start
       got[group] = head(group, out["llm/blocks"][block - 1], width)

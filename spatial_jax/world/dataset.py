@@ -18,7 +18,12 @@ import numpy as np
 
 from spatial_jax.data import positions, text
 from spatial_jax.geometry import camera
-from spatial_jax.world import cameras, questions, targets, visibility, vocabulary
+from spatial_jax.world import (
+  cameras,
+  questions,
+  targets,
+  visibility,
+)
 from spatial_jax.world import scene as scene_lib
 
 SPLITS = ("train", "validation", "test")
@@ -61,7 +66,7 @@ class World:
     grid = image_size // (patch_size * merge_size)
     if grid * patch_size * merge_size != image_size:
       raise ValueError(
-        f"data.image_size {image_size} is no multiple of patch_size * "
+        f"data.world.image_size {image_size} is no multiple of patch_size * "
         f"merge_size = {patch_size * merge_size}"
       )
     self.split, self.seed, self.rooms, self.draws = split, seed, rooms, draws
@@ -96,9 +101,7 @@ class World:
     if self.layouts:
       scene = self.layouts[room]
     else:
-      scene = scene_lib.sample(
-        self.seed, self.split, room, **self.scene_kwargs
-      )
+      scene = scene_lib.sample(self.seed, self.split, room, **self.scene_kwargs)
     rng = np.random.default_rng([self.seed, number, room, 1])
     poses = cameras.turntable(scene, rng, self.frames)
     counts = visibility.pixel_counts(scene, poses, self.intrinsics)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from spatial_jax.types import Array, Batch, Float
 from spatial_jax.world import render
@@ -24,8 +25,8 @@ COVER = 6 / 64
 
 
 def patchify(
-  images: Float[Array, "B F height width C"], patch: int, merge: int
-) -> Float[Array, "B N q"]:
+  images: Shaped[Array, "B F height width C"], patch: int, merge: int
+) -> Shaped[Array, "B N q"]:
   """Qwen order: rows (frame, Y, X, dy, dx), columns (c, py, px)."""
   b, f, height, width, c = images.shape
   h, w = height // (patch * merge), width // (patch * merge)

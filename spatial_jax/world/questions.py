@@ -50,7 +50,9 @@ THETAS = np.linspace(0.5, 0.95, 10)
 
 PREAMBLE = "These are frames of a video.\n"
 ASK_NUMBER = "\nPlease answer the question using a single word or phrase."
-ASK_LETTER = "\nAnswer with the option's letter from the given choices directly."
+ASK_LETTER = (
+  "\nAnswer with the option's letter from the given choices directly."
+)
 LETTERS = "ABCDEFGH"
 
 
@@ -100,7 +102,7 @@ class View:
 
   Args:
     scene: arrays of `scene.sample`.
-    pixel_counts: int[F O], pixels of each object in each frame of `frame_pixels`.
+    pixel_counts: int[F O], pixels of each object in each frame.
     world_from_camera: float[F 4 4], OpenCV axes.
     intrinsics: float[3 3], in pixels of an image of `image_size`.
     image_size: (height, width) that the camera questions speak of.
@@ -135,7 +137,7 @@ class View:
     self.single = np.flatnonzero(real & once & self.visible.any(0))
     self.real = real
 
-  def name(self, index: int) -> str:
+  def name(self, index) -> str:
     return scene_lib.CATEGORIES[int(self.category[index])]
 
   def distance(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -203,7 +205,7 @@ def ask_distance(view: View, rng: np.random.Generator):
   if not len(pairs):
     return None
   best = log_uniform_pick(rng, far, 0.3, 6.0)
-  a, b = pairs[best]
+  a, b = pairs[best].tolist()
   text = (
     "Measuring from the closest point of each object, what is the distance "
     f"between the {view.name(a)} and the {view.name(b)} (in meters)?"
@@ -219,7 +221,7 @@ def ask_size(view: View, rng: np.random.Generator):
     return None
   longest = view.size[view.single].max(-1)
   best = log_uniform_pick(rng, longest, 0.2, 3.0)
-  a = view.single[best]
+  a = int(view.single[best])
   value = float(np.round(100 * longest[best]))
   text = (
     "What is the length of the longest dimension (length, width, or height) "
@@ -272,9 +274,8 @@ def ask_relative_distance(view: View, rng: np.random.Generator):
   return None
 
 
-def turn_angle(start, to_first, to_second) -> np.ndarray:
+def turn_angle(to_first, to_second) -> np.ndarray:
   """Signed angle (radians, left positive) from `to_first` to `to_second`."""
-  del start
   cross = to_first[..., 0] * to_second[..., 1]
   cross -= to_first[..., 1] * to_second[..., 0]
   return np.arctan2(cross, (to_first * to_second).sum(-1))
@@ -298,7 +299,7 @@ def direction_class(kind: str, degrees: np.ndarray) -> np.ndarray:
 
 
 def triples(view: View, rng: np.random.Generator, least: float = 0.8):
-  """Ordered triples (A, B, C) of single objects, legs >= `least` m, shuffled."""
+  """Triples (A, B, C) of single objects, legs >= `least` m, shuffled."""
   got = np.array(list(itertools.permutations(view.single, 3)), int)
   if not len(got):
     return got.reshape(0, 3)
@@ -338,7 +339,7 @@ def ask_direction(kind: str) -> Callable:
     abc = triples(view, rng)
     xy = view.center[:, :2]
     a, b, c = abc.T
-    angle = turn_angle(None, xy[b] - xy[a], xy[c] - xy[a])
+    angle = turn_angle(xy[b] - xy[a], xy[c] - xy[a])
     classes = direction_class(kind, np.degrees(angle))
     best = balanced(rng, classes, len(words))
     if best is None:
@@ -369,7 +370,7 @@ def ask_route(view: View, rng: np.random.Generator, blanks: int = 1):
   abc = triples(view, rng)
   xy = view.center[:, :2]
   a, b, c = abc.T
-  angle = turn_angle(None, xy[b] - xy[a], xy[c] - xy[b])
+  angle = turn_angle(xy[b] - xy[a], xy[c] - xy[b])
   classes = turn_class(np.degrees(angle))
   best = balanced(rng, classes, 3)
   if best is None:
@@ -380,7 +381,7 @@ def ask_route(view: View, rng: np.random.Generator, blanks: int = 1):
     last = xy[stops[-1]]
     further = np.array([xy[i] - last for i in rest]).reshape(-1, 2)
     heading = np.broadcast_to(last - xy[stops[-2]], further.shape)
-    kinds = turn_class(np.degrees(turn_angle(None, heading, further)))
+    kinds = turn_class(np.degrees(turn_angle(heading, further)))
     kinds = np.where(np.linalg.norm(further, axis=-1) >= 0.8, kinds, -1)
     if not (kinds >= 0).any():
       return None

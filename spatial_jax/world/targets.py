@@ -22,12 +22,16 @@ from spatial_jax.world import scene as scene_lib
 # Channels of the target array. Positions are divided by SCALE to be about one.
 SCALE = 2.0
 GROUPS = {
-  "ground": slice(0, 5),  # x, y, z, log longest edge, range; at an object's name
+  "ground": slice(
+    0, 5
+  ),  # x, y, z, log longest edge, range; at an object's name
   "gather": slice(5, 11),  # x, y of up to three objects; at the question's end
   "angle": slice(11, 13),  # cos, sin of the asked angle; at the question's end
   "number": slice(13, 14),  # log of the numeric answer; before the answer
   "verify": slice(14, 15),  # is this option right? 0 or 1; at an option's end
-  "distance": slice(15, 16),  # metres from a choice to the target; at the choice
+  "distance": slice(
+    15, 16
+  ),  # metres from a choice to the target; at the choice
   "count": slice(16, 17),  # instances of a category; at its name
   "first": slice(17, 18),  # frame in which it first appears; at its name
   "bearing": slice(18, 20),  # forward, left in the asked frame; at its name
@@ -97,9 +101,7 @@ class Encoder:
       {"role": "user", "content": question.prompt},
       {"role": "assistant", "content": answer},
     ]
-    ids = np.array(
-      self.tokenizer.encode(self.tokenizer.chat(turns)), np.int32
-    )
+    ids = np.array(self.tokenizer.encode(self.tokenizer.chat(turns)), np.int32)
     return ids, int(np.flatnonzero(ids == self.answer_id)[-1])
 
   def targets(
@@ -157,7 +159,11 @@ class Encoder:
         put(at, "distance", question.facts["option_distance"][name] / SCALE)
     for at in (close, answer):
       if question.objects:
-        put(at, "gather", facts.local[list(question.objects), :2].ravel()[:6] / SCALE)
+        put(
+          at,
+          "gather",
+          facts.local[list(question.objects), :2].ravel()[:6] / SCALE,
+        )
       if "angle" in question.facts:
         angle = question.facts["angle"]
         put(at, "angle", [np.cos(angle), np.sin(angle)])

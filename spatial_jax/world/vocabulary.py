@@ -128,13 +128,17 @@ def build() -> tokenizers.Tokenizer:
     *PHRASES,
   ]
   # Letters A-D are answers; inside words they are bytes already.
-  tokenizer.add_tokens([tokenizers.AddedToken(a, normalized=False) for a in atoms])
+  tokenizer.add_tokens(
+    [tokenizers.AddedToken(a, normalized=False) for a in atoms]
+  )
   return tokenizer
 
 
 def numbers(tokenizer: text.Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Ids and values of all tokens that spell one number, by rising value."""
-  found = {float(n): tokenizer.token_id(n) for n in (*DISTANCES, *SIZES, *COUNTS)}
+  found = {
+    float(n): tokenizer.token_id(n) for n in (*DISTANCES, *SIZES, *COUNTS)
+  }
   values = np.array(sorted(found))
   return np.array([found[v] for v in values], np.int32), values
 
