@@ -14,7 +14,7 @@ of a patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -45,8 +45,8 @@ def smart_resize(
   ratio = max(height, width) / min(height, width)
   if ratio > 200:
     raise ValueError(
-      f"an image of {height} x {width} pixels has an aspect ratio of {ratio:.0f}"
-      "; at most 200 is supported, crop it first"
+      f"an image of {height} x {width} pixels is {ratio:.0f} times as long as "
+      "wide; at most 200 is supported, crop it first"
     )
   new_height = round(height / factor) * factor
   new_width = round(width / factor) * factor
@@ -131,7 +131,7 @@ def patchify(
 
 
 def preprocess(
-  frames: Sequence,
+  frames: Iterable,
   *,
   min_pixels: int = 56 * 56,
   max_pixels: int = 28 * 28 * 1280,

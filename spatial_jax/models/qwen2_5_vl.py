@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from spatial_jax import hf, losses
+from spatial_jax.data import vision
 from spatial_jax.models import llm, qwen_vit
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -258,9 +259,8 @@ def loss(
 def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   """Static batch: `config.batch_size` rows of `config.data.length` tokens.
 
-  Patches are there when the model has a static grid; a row of images of any
-  size says how many by `config.data.layout`, keyword arguments of
-  `data.vision.layout_shapes`.
+  Patches are there when the model has a static grid, or when
+  `config.data.layout` gives the sizes of `data.vision.layout`.
   """
   from spatial_jax import models
 
@@ -278,8 +278,13 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
     "labels": array(jnp.int32, T),
     "loss_weight": array(jnp.float32, T),
   }
-  patch_dim = qwen_vit.Model(**model.vit).patch_dim
-  if model.grid:
-    count = math.prod(model.grid)
-    inputs["patches"] = array(jnp.float32, count, patch_dim)
+  vit = qwen_vit.Model(**model.vit)
+  count = math.prod(model.grid) if model.grid else 0
+  if sizes := config.data.get("layout"):
+    shapes = vision.layout_shapes(sizes, merge=vit.merge, side=vit.side)
+    for name, shape in shapes.items():
+      inputs[f"layout/{name}"] = array(jnp.int32, *shape)
+    count = sizes["patches"]
+  if count:
+    inputs["patches"] = array(jnp.float32, count, vit.patch_dim)
   return inputs

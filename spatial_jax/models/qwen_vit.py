@@ -194,6 +194,11 @@ class Model(nn.Module):
   def patch_dim(self) -> int:
     return self.channels * self.temporal_patch * self.patch**2
 
+  @property
+  def side(self) -> int:
+    """Side of an attention window in merged tokens."""
+    return self.window // (self.patch * self.merge)
+
   @nn.compact
   def __call__(
     self,
@@ -233,7 +238,7 @@ class Model(nn.Module):
       self.mlp,
       grid,
       self.merge,
-      self.window // (self.patch * self.merge),
+      self.side,
       "all" if all(is_full) else "some" if any(is_full) else "none",
       self.eps,
       self.dtype,
