@@ -11,56 +11,10 @@ import numpy as np
 
 from spatial_jax.geometry import camera
 from spatial_jax.types import Float
+from spatial_jax.world import freespace, routes
 
 WALL_CLEARANCE = 0.5
 CLEARANCE = 0.35
-
-
-def clearance(
-  scene: dict[str, np.ndarray],
-  points: Float[np.ndarray, "n 2"],
-  lowest: float = 10.0,
-) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-  """Distance of points to objects and to walls; negative outside the room.
-
-  Args:
-    lowest: objects whose bottom is above this height are ignored.
-  """
-  points = np.asarray(points, np.float64)
-  bottom = scene["object_center"][:, 2] - scene["object_size"][:, 2] / 2
-  # Things on furniture stay within its footprint.
-  use = (scene["object_category"] >= 0) & (scene["object_support"] < 0)
-  use &= bottom < lowest
-  center, yaw = scene["object_center"][use], scene["object_yaw"][use]
-  away = points[:, None] - center[:, :2]
-  cos, sin = np.cos(yaw), np.sin(yaw)
-  x = np.abs(cos * away[..., 0] + sin * away[..., 1])
-  y = np.abs(cos * away[..., 1] - sin * away[..., 0])
-  half = scene["object_size"][use, :2] / 2
-  x, y = x - half[:, 0], y - half[:, 1]
-  outside = np.hypot(np.maximum(x, 0), np.maximum(y, 0))
-  gap = outside + np.minimum(np.maximum(x, y), 0)
-  objects = gap.min(1, initial=np.inf)
-  return objects, wall_distance(scene["room_polygon"], points)
-
-
-def wall_distance(
-  polygon: np.ndarray, points: np.ndarray
-) -> Float[np.ndarray, " n"]:
-  """Distance to the outline, negative outside of it."""
-  start = np.asarray(polygon, np.float64)
-  edge = np.roll(start, -1, 0) - start
-  away = points[:, None] - start
-  length2 = np.maximum((edge**2).sum(-1), 1e-12)
-  along = np.clip((away * edge).sum(-1) / length2, 0, 1)
-  gap = np.hypot(*np.moveaxis(away - along[..., None] * edge, -1, 0))
-  # Even-odd rule; edges of no length are crossed by nothing.
-  y0, y1 = start[:, 1], start[:, 1] + edge[:, 1]
-  rising = (y0 > points[:, None, 1]) != (y1 > points[:, None, 1])
-  slope = edge[:, 0] / np.where(edge[:, 1] == 0, 1, edge[:, 1])
-  cross = start[:, 0] + slope * away[..., 1] > points[:, None, 0]
-  inside = (rising & cross).sum(1) % 2 == 1
-  return np.where(inside, gap.min(1), -gap.min(1))
 
 
 def turntable(
@@ -80,13 +34,13 @@ def turntable(
   low, high = outline.min(0), outline.max(0)
   uniform = rng.random((96, 2))
   points = low + (0.3 + 0.4 * uniform) * (high - low)
-  objects, walls = clearance(scene, points)
+  objects, walls = freespace.clearance(scene, points)
   free = (objects >= CLEARANCE) & (walls >= WALL_CLEARANCE)
   if free.any():
     at = points[int(free.argmax())]
   else:  # crowded or narrow: the freest point of the whole room
     points = np.concatenate([points, low + uniform * (high - low)])
-    objects, walls = clearance(scene, points)
+    objects, walls = freespace.clearance(scene, points)
     at = points[int(np.minimum(objects, walls).argmax())]
   heading = rng.uniform(0, 2 * np.pi) - np.arange(frames) * 2 * np.pi / frames
   top = float(scene["room_height"]) - 0.2
@@ -94,3 +48,83 @@ def turntable(
   position = np.broadcast_to(eye, (frames, 3))
   pitch = np.full(frames, np.radians(pitch_degrees))
   return camera.from_heading(position, heading, pitch)
+
+
+def walkthrough(
+  scene: dict[str, np.ndarray],
+  rng: np.random.Generator,
+  frames: int,
+  *,
+  height: tuple[float, float] = (1.4, 1.65),
+  pitch_degrees: float = -12.0,
+  stride: float = 0.45,
+  stops: int = 4,
+) -> Float[np.ndarray, "F 4 4"]:
+  """From stop to stop through the room, looking where one goes.
+
+  Args:
+    stride: most metres between frames; a longer way is cut off.
+    stops: places to walk to, each far from those before.
+  """
+  way, need = routes.route(scene, rng, stops, CLEARANCE)
+  way = routes.smooth(scene, routes.resample(way, 160), need)
+  step = np.linalg.norm(np.diff(way, axis=0), axis=-1)
+  length = min(float(step.sum()), stride * (frames - 1))
+  at = routes.resample(way, frames, length)
+  heading = routes.heading(way, at, frames, rng, length)
+  eye = min(rng.uniform(*height), float(scene["room_height"]) - 0.2)
+  position = np.concatenate([at, np.full((frames, 1), eye)], -1)
+  pitch = np.full(frames, np.radians(pitch_degrees))
+  return camera.from_heading(position, heading, pitch)
+
+
+def orbit(
+  scene: dict[str, np.ndarray],
+  rng: np.random.Generator,
+  frames: int,
+  *,
+  height: float = 1.9,
+  turns: float = 1.0,
+) -> Float[np.ndarray, "F 4 4"]:
+  """Circles in the room, as near to the walls as things allow, looking in.
+
+  The camera may pass over low furniture.
+  """
+  outline = scene["room_polygon"]
+  middle = _middle(outline)
+  eye = min(height, float(scene["room_height"]) - 0.3)
+  side = rng.choice([-1, 1])
+  angle = rng.uniform(0, 2 * np.pi) + side * np.linspace(
+    0, 2 * np.pi * turns, frames, endpoint=False
+  )
+  out = np.stack([np.cos(angle), np.sin(angle)], -1)
+  far = np.linalg.norm(np.ptp(outline, axis=0)) * np.linspace(1, 0.02, 64)
+  points = middle + far[:, None, None] * out  # [64 F 2], outermost first
+  objects, walls = freespace.clearance(scene, points.reshape(-1, 2), eye)
+  gap = np.minimum(objects, walls - 0.15).reshape(64, frames)
+  # Beyond a wall's inner corner there may be room again: stay on this side.
+  hidden = np.flip(
+    np.logical_or.accumulate(np.flip(walls.reshape(64, frames) < 0, 0), 0), 0
+  )
+  gap = np.where(hidden, -1, gap)
+  place = (gap >= min(CLEARANCE, 0.8 * gap.max())).argmax(0)
+  blocked = gap.max(0) < min(CLEARANCE, 0.8 * gap.max())
+  at = points[place, np.arange(frames)]
+  if blocked.any():  # a tall thing in the way: stay where the last view was
+    clear = np.flatnonzero(~blocked)
+    at = at[clear[np.abs(clear[:, None] - np.arange(frames)).argmin(0)]]
+  position = np.concatenate([at, np.full((frames, 1), eye)], -1)
+  target = np.broadcast_to([*middle, 0.5], (frames, 3))
+  return camera.look_at(position, target)
+
+
+def _middle(outline: np.ndarray) -> np.ndarray:
+  """Middle of the bounds, or the deepest point of a room that leaves it out."""
+  low, high = outline.min(0), outline.max(0)
+  middle = (low + high) / 2
+  if freespace.wall_distance(outline, middle[None])[0] > 0.8:
+    return middle
+  share = np.linspace(0.05, 0.95, 19)
+  grid = np.stack(np.meshgrid(share, share), -1).reshape(-1, 2)
+  points = low + grid * (high - low)
+  return points[freespace.wall_distance(outline, points).argmax()]

@@ -241,8 +241,8 @@ def sample(
     max_primitives=max_primitives,
   )
   scene["room_polygon"] = polygon(outline)
-  scene["room_height"] = np.float32(room.height)
-  scene["room_size"] = np.float32(polygon_area(outline))
+  scene["room_height"] = np.asarray(room.height, np.float32)
+  scene["room_size"] = np.asarray(polygon_area(outline), np.float32)
   return scene | surfaces(rng, textures)
 
 
@@ -261,8 +261,8 @@ def surfaces(rng: np.random.Generator, textures: bool) -> dict:
     "wall_color": 0.72 + 0.24 * tone[0],
     "floor_color": floor + 0.08 * (tone[2] - 0.5),
     "ceiling_color": np.float32([0.95, 0.95, 0.95]),
-    "floor_texture": np.int32(floor_texture),
-    "wall_texture": np.int32(wall_texture),
+    "floor_texture": np.asarray(floor_texture, np.int32),
+    "wall_texture": np.asarray(wall_texture, np.int32),
   }
 
 
