@@ -38,7 +38,7 @@ def pixel_counts(
     intrinsics: of any image size, with the principal point in the middle, from
       which the size is read.
   """
-  height, width = 2 * intrinsics[1, 2], 2 * intrinsics[0, 2]
+  height, width = round(2 * float(intrinsics[1, 2])), round(2 * float(intrinsics[0, 2]))
   small = camera.resize_intrinsics(
     np.asarray(intrinsics, np.float32), (height, width), (grid, grid)
   )
