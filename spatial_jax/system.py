@@ -41,6 +41,7 @@ def build(
   if config.data.get("render"):
     transform = _module("world.observe").make(config)
   inputs = jax.eval_shape(transform, batch)
+  _check(inputs, mod.INPUTS(config))
   auxiliary = None
   if config.get("auxiliary"):
     auxiliary = _module("world.auxiliary").make(config, mod)
@@ -84,7 +85,7 @@ def start(config: Any, system: System, abstract: Any) -> tuple[Any, str]:
     params, _ = source.params(wanted)
     source.close()
   else:
-    params = _from_hugging_face(config, system, wanted)
+    params = _from_hugging_face(config, system, abstract, wanted)
   if config.init_new:
     # Only the new leaves are computed: the others are dead code in this jit.
     new = jax.jit(
@@ -95,15 +96,39 @@ def start(config: Any, system: System, abstract: Any) -> tuple[Any, str]:
   return params, f"weights of {config.init_from}"
 
 
-def _from_hugging_face(config: Any, system: System, wanted: Any) -> Any:
-  folder = pathlib.Path(config.init_from)
-  if not any(folder.glob("*.safetensors")):
+def _from_hugging_face(
+  config: Any, system: System, abstract: Any, wanted: Any
+) -> Any:
+  source = pathlib.Path(config.init_from)
+  if source.suffix != ".safetensors" and not any(source.glob("*.safetensors")):
     raise FileNotFoundError(
       f"config.init_from={config.init_from!r}: neither a workdir with "
       "checkpoints nor a folder with *.safetensors"
     )
-  shardings = jax.tree.map(lambda x: x.sharding, wanted)
-  return _module("hf").load(system.mod.KEYS, folder, wanted, shardings)
+  loaded = _module("hf").load(
+    system.mod.KEYS,
+    source,
+    abstract,
+    jax.tree.map(lambda x: x.sharding, abstract),
+    ignore=getattr(system.mod, "IGNORE", ()),
+    new=config.init_new,
+  )
+  flat = trees.flatten(loaded)
+  leaves = [flat[name] for name in trees.flatten(wanted)]
+  return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+
+def _check(inputs: Shapes, want: Shapes) -> None:
+  """The data must have the shapes that the model's INPUTS promises."""
+  wrong = trees.diff(
+    {k: v for k, v in inputs.items() if k in want},
+    {k: v for k, v in want.items() if k in inputs},
+  )
+  if wrong:
+    raise ValueError(
+      "config.data gives arrays of other shapes than the model's INPUTS; make "
+      f"config.data and config.model agree:\n  {wrong}"
+    )
 
 
 def _identity(batch: Any) -> Any:

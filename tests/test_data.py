@@ -2,11 +2,14 @@
 """The pipeline: same bytes whatever makes them, exact resume, no jax."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from spatial_jax.data import pipeline, workers
+from spatial_jax import models
+from spatial_jax.data import pipeline, sources, text, workers
 from tests import toy, toy_data
 
 
@@ -110,3 +113,125 @@ def test_a_worker_reports_the_error_of_its_source():
   with pytest.raises(ValueError, match="invalid literal"):
     pool._pool.submit(workers._load, "no number").result()
   pool.close()
+
+
+def recipe(folder, lines):
+  """Config of the conversations recipe for these JSONL lines."""
+  from configs import qwen2_5_vl_sft
+
+  out = qwen2_5_vl_sft.get_config("test")
+  file = folder / "train.jsonl"
+  rows = [x if isinstance(x, str) else json.dumps(x) for x in lines]
+  file.write_text("\n".join(rows))
+  out.data.files.train = str(file)
+  return out
+
+
+def turns(question="<image>\nWhich color?", answer="red"):
+  return [
+    {"from": "human", "value": question},
+    {"from": "gpt", "value": answer},
+  ]
+
+
+def picture(folder, name="a.png", size=(20, 30), mode="RGB"):
+  Image.new(mode, size).save(folder / name)
+  return name
+
+
+def test_a_conversation_becomes_a_row_of_the_shapes_the_model_wants(tmp_path):
+  names = [picture(tmp_path), picture(tmp_path, "b.png", (32, 16), "L")]
+  c = recipe(
+    tmp_path,
+    [
+      {"image": names, "conversations": turns("<image> or <image>?", "red")},
+      "",
+      {
+        "messages": [
+          {"role": "user", "content": "Which color is snow?"},
+          {"role": "assistant", "content": "white"},
+        ]
+      },
+    ],
+  )
+  source = sources.make(c, "train")
+  assert len(source) == 2
+  model, mod = models.build(c)
+  want = {
+    name: (x.shape[1:], np.dtype(x.dtype)) for name, x in mod.INPUTS(c).items()
+  }
+  for index in range(2):
+    assert pipeline.spec(source[index]) == want
+  row = source[0]
+  image = row["tokens"] == model.image_token
+  # One token for each group of 2 x 2 patches.
+  grids = row["layout/frame_index"] < len(row["patches"])
+  assert image.sum() * 4 == grids.sum()
+  tokenizer = text.Tokenizer.load()
+  said = row["labels"][row["loss_weight"] > 0]
+  assert tokenizer.decode(said) == "red" and said[-1] == tokenizer.end_id
+  assert not source[1]["patches"].any()
+  assert (source[1]["positions"][0, :5] == np.arange(5)).all()
+
+
+def bad_rows(folder):
+  """name -> (line, what the error must say)."""
+  good = picture(folder)
+  picture(folder, "depth.png", (20, 30), "I;16")
+  data = (folder / good).read_bytes()
+  (folder / "cut.png").write_bytes(data[: len(data) // 2])
+  (folder / "text.png").write_text("no image")
+  (folder / "empty.png").write_bytes(b"")
+  (folder / "zero.ppm").write_bytes(b"P6 0 4 255\n")
+
+  def row(image, **kwargs):
+    return {"image": image, "conversations": turns(**kwargs)}
+
+  return {
+    "missing": (row("no.png"), "no.png: the file does not exist"),
+    "depth": (row("depth.png"), "has the mode 'I;16'"),
+    "cut": (row("cut.png"), "truncated or no image"),
+    "text": (row("text.png"), "truncated or no image"),
+    "empty": (row("empty.png"), "truncated or no image"),
+    "zero": (row("zero.ppm"), "zero.ppm: "),
+    "json": ("{'image': 1}", "no valid JSON"),
+    "list": ("[1]", "expected an object, got list"),
+    "keys": ({"text": "x"}, "expected 'conversations' or 'messages'"),
+    "role": ({"messages": [{"role": "robot", "content": "x"}]}, "a turn needs"),
+    "fewer": (row(good, question="no image"), "1 image(s) but 0"),
+    "more": (row(good, question="<image><image>"), "write one for each"),
+    "silent": (
+      {"messages": [{"role": "user", "content": "x"}]},
+      "the assistant says nothing",
+    ),
+    "long": (row(good, answer="red " * 200), "longer than the longest bucket"),
+    "large": (row([good] * 3, question="<image>" * 3), "needs patches=96"),
+  }
+
+
+FAULTS = (
+  "missing depth cut text empty zero json list keys role fewer more silent "
+  "long large"
+)
+
+
+@pytest.mark.parametrize("name", FAULTS.split())
+def test_a_bad_line_names_its_file_its_number_and_the_fault(name, tmp_path):
+  line, message = bad_rows(tmp_path)[name]
+  fine = {"messages": turns("x", "y")}
+  source = sources.make(recipe(tmp_path, [fine, line]), "train")
+  assert source[0]["segments"].any()
+  with pytest.raises(ValueError, match=r"train.jsonl, line 2: ") as error:
+    source[1]
+  assert message in str(error.value)
+
+
+def test_an_empty_or_missing_file_of_conversations_says_so(tmp_path):
+  c = recipe(tmp_path, [""])
+  with pytest.raises(ValueError, match=r"train.jsonl is empty"):
+    sources.make(c, "train")
+  with pytest.raises(ValueError, match=r"no 'test'; it has \['train'\]"):
+    sources.make(c, "test")
+  c.data.files.train = str(tmp_path / "none.jsonl")
+  with pytest.raises(FileNotFoundError, match="cannot be read"):
+    sources.make(c, "train")

@@ -281,7 +281,7 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   vit = qwen_vit.Model(**model.vit)
   count = math.prod(model.grid) if model.grid else 0
   if sizes := config.data.get("layout"):
-    shapes = vision.layout_shapes(sizes, merge=vit.merge, side=vit.side)
+    shapes = vision.layout_shapes(dict(sizes), merge=vit.merge, side=vit.side)
     for name, shape in shapes.items():
       inputs[f"layout/{name}"] = array(jnp.int32, *shape)
     count = sizes["patches"]
