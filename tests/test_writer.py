@@ -2,6 +2,7 @@
 """What is written of rooms is what is read back, also through grain."""
 
 import json
+import sys
 
 import grain
 import numpy as np
@@ -121,3 +122,15 @@ def test_missing_truncated_and_foreign_files_are_clear_errors(tmp_path):
     writer.paths(tmp_path, "train")
   with pytest.raises(ValueError, match="not a record of a room"):
     writer.decode(b"something else")
+
+
+def test_tfds_reads_a_split_without_tensorflow(tmp_path):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  from spatial_jax.world import tfds_rooms
+
+  writer.write(tmp_path / "rooms", "train", [record(0), record(1)])
+  tfds_rooms.prepare(tmp_path / "rooms", tmp_path / "tfds")
+  source = tfds.data_source("rooms", split="train", data_dir=tmp_path / "tfds")
+  assert len(source) == 2
+  assert np.asarray(source[0]["rgb"]).shape == (2, 12, 16, 3)
+  assert "tensorflow" not in sys.modules

@@ -224,21 +224,26 @@ def paths(folder: str | pathlib.Path, split: str) -> list[str]:
   return found
 
 
-def read(folder: str | pathlib.Path, split: str) -> Iterator[dict]:
-  """Decoded rooms in order. For random access give `paths` to grain:
-
-  `grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths(...)))
-  .map(decode)`.
-  """
+def records(folder: str | pathlib.Path, split: str) -> Iterator[bytes]:
+  """Records of a split, as they were written, in order."""
   from array_record.python import array_record_module
 
   for path in paths(folder, split):
     reader = array_record_module.ArrayRecordReader(path)
     try:
       for number in range(reader.num_records()):
-        yield decode(reader.read([number])[0])
+        yield reader.read([number])[0]
     finally:
       reader.close()
+
+
+def read(folder: str | pathlib.Path, split: str) -> Iterator[dict]:
+  """Decoded rooms in order. For random access give `paths` to grain:
+
+  `grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths(...)))
+  .map(decode)`.
+  """
+  yield from map(decode, records(folder, split))
 
 
 def _objects(scene: dict[str, np.ndarray]) -> Iterator[dict]:
