@@ -11,7 +11,12 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/installed-$(VERSION)
 TESTED := $(VENV)/installed-$(VERSION)-test
-INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+# On a terminal the installers show their progress bars.
+TERMINAL := $(shell [ -t 2 ] && echo yes)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check \
+  $(if $(TERMINAL),,-qq)
+UV := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt \
+  $(if $(TERMINAL),,-q)
 
 .PHONY: help demo test lint format clean
 
@@ -49,15 +54,14 @@ $(RUNTIME): pyproject.toml constraints.txt
 	@[ "$$($(BIN)/python -c '$(PRINT_VERSION)' 2>/dev/null)" = "$(VERSION)" ] || \
 	  $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) (once) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
-	@$(INSTALL) -e .
+	@$(PIP) uv
+	@$(UV) -e .
 	@touch $@
 
 # torch comes through pip: its index may offer the small CPU build, which uv
 # passes over. The marker that says which Pythons get it is in pyproject.toml.
 $(TESTED): $(RUNTIME)
 	@echo "Installing what the tests need ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
-	  "torch==2.13.0; python_version < '3.12'"
-	@$(INSTALL) -e ".[test]"
+	@$(PIP) "torch==2.13.0; python_version < '3.12'"
+	@$(UV) -e ".[test]"
 	@touch $@
