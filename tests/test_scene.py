@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spatial_jax.geometry import boxes
-from spatial_jax.world import cameras, freespace, furniture, scene
+from spatial_jax.world import cameras, freespace, furniture, parts, scene
 
 PRESETS = {
   "simple": scene.SIMPLE,
@@ -124,8 +124,8 @@ def test_the_polygon_is_counter_clockwise_and_its_area_is_the_room_size():
 def test_models_fill_their_unit_box():
   for category in furniture.ALL:
     for model, most in (
-      (category.plain, furniture.PLAIN),
-      (category.detailed, furniture.DETAILED),
+      (category.plain, parts.PLAIN),
+      (category.detailed, parts.DETAILED),
     ):
       assert len(model) <= most, category.name
       low = np.min([p.low for p in model], 0)

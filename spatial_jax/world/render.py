@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from spatial_jax.geometry import camera
 from spatial_jax.types import Array, Float
 from spatial_jax.world import textures
-from spatial_jax.world.furniture import BOX, CYLINDER, ELLIPSOID
+from spatial_jax.world.parts import BOX, CYLINDER, ELLIPSOID
 
 NEAR = 0.05  # metres; what is closer to the camera plane isn't seen
 TINY = 1e-9

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spatial_jax.world import furniture, placement
+from spatial_jax.world import furniture, parts, placement
 
 SPLITS = ("train", "validation", "test")
 CATEGORIES = tuple(c.name for c in furniture.ALL)
@@ -62,20 +62,20 @@ def _part_table():
   """All parts of all models, plain ones first, and where each model starts."""
   models = [c.plain for c in furniture.ALL]
   models += [c.detailed for c in furniture.ALL]
-  parts = [part for model in models for part in model]
-  low = np.array([p.low for p in parts], np.float32)
-  high = np.array([p.high for p in parts], np.float32)
+  flat = [part for model in models for part in model]
+  low = np.array([p.low for p in flat], np.float32)
+  high = np.array([p.high for p in flat], np.float32)
   count = np.array([len(model) for model in models])
   black = (0.0, 0.0, 0.0)
-  materials = [furniture.MATERIALS.get(p.material, black) for p in parts]
+  materials = [parts.MATERIALS.get(p.material, black) for p in flat]
   return {
-    "shape": np.array([p.shape for p in parts], np.int32),
+    "shape": np.array([p.shape for p in flat], np.int32),
     # Relative to the middle of the box, whose height counts from its bottom.
     "center": (low + high) / 2 - np.float32([0, 0, 0.5]),
     "half": (high - low) / 2,
-    "tint": np.array([p.tint for p in parts], np.float32),
+    "tint": np.array([p.tint for p in flat], np.float32),
     "material": np.array(materials, np.float32),
-    "fixed": np.array([p.material != "" for p in parts]),
+    "fixed": np.array([p.material != "" for p in flat]),
     "count": count,
     "start": np.cumsum(count) - count,
   }

@@ -12,7 +12,7 @@ import numpy as np
 
 from spatial_jax.geometry import camera
 from spatial_jax.types import Float, Int
-from spatial_jax.world import furniture
+from spatial_jax.world import parts
 
 GRID = 32
 NEAR = 0.05  # metres; what is closer to the camera plane isn't seen
@@ -38,7 +38,10 @@ def pixel_counts(
     intrinsics: of any image size, with the principal point in the middle, from
       which the size is read.
   """
-  height, width = round(2 * float(intrinsics[1, 2])), round(2 * float(intrinsics[0, 2]))
+  height, width = (
+    round(2 * float(intrinsics[1, 2])),
+    round(2 * float(intrinsics[0, 2])),
+  )
   small = camera.resize_intrinsics(
     np.asarray(intrinsics, np.float32), (height, width), (grid, grid)
   )
@@ -173,13 +176,13 @@ def _hit(scene, primitive, origin, direction) -> np.ndarray:
   ez = direction[:, 2] * scale[:, 2]
   enter, leave = _slab(qz, ez)
   shape = scene["primitive_shape"][primitive]
-  flat = np.flatnonzero(shape == furniture.BOX)
+  flat = np.flatnonzero(shape == parts.BOX)
   for q, e in ((qx, ex), (qy, ey)):
     near, far = _slab(q[flat], e[flat])
     enter[flat] = np.maximum(enter[flat], near)
     leave[flat] = np.minimum(leave[flat], far)
-  turn = np.flatnonzero(shape != furniture.BOX)
-  ball = (shape[turn] == furniture.ELLIPSOID).astype(np.float32)
+  turn = np.flatnonzero(shape != parts.BOX)
+  ball = (shape[turn] == parts.ELLIPSOID).astype(np.float32)
   near, far = _round(*(v[turn] for v in (qx, qy, qz, ex, ey, ez)), ball)
   enter[turn] = np.maximum(enter[turn], near)
   leave[turn] = np.minimum(leave[turn], far)
