@@ -42,9 +42,13 @@ class Corrupt(ValueError):
 
 
 @contextlib.contextmanager
-def lock(workdir: str) -> Iterator[None]:
-  """Creates the workdir and holds it against a second writer."""
-  if "://" in workdir:  # object stores have no locks
+def lock(workdir: str, *, active: bool = True) -> Iterator[None]:
+  """Creates the workdir and holds it against a second writer.
+
+  Args:
+    active: False on all hosts of a run but one.
+  """
+  if not active or "://" in workdir:  # object stores have no locks
     yield
     return
   path = pathlib.Path(workdir)

@@ -41,6 +41,8 @@ def main(config: Any, workdir: str) -> dict[str, Any]:
     params, step = load(workdir, system, mesh)
     print(f"checkpoint {step} of {workdir}", flush=True)
     scores = run(config, system, params, mesh, list(config.evals))
+  if jax.process_index():
+    return scores
   folder = pathlib.Path(workdir, "evaluations")
   folder.mkdir(exist_ok=True)
   path = folder / f"{step}.json"

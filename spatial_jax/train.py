@@ -34,7 +34,8 @@ class Result(NamedTuple):
 def main(config: Any, workdir: str) -> Result:
   """Trains until config.steps; goes on where an earlier run stopped."""
   # ---------------------------------------------------------------- workdir
-  with checkpoint.lock(workdir), _sigterm() as stop:
+  lead = jax.process_index() == 0
+  with checkpoint.lock(workdir, active=lead), _sigterm() as stop:
     # ----------------------------------------------------------------- mesh
     mesh = sharding.mesh(**config.mesh.to_dict())
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
@@ -293,7 +294,7 @@ def _overview(workdir, origin, mesh, params, optimizer, lead) -> str:
   sizes = ", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1)
   device = jax.devices()[0].device_kind
   return (
-    f"{total:,} parameters, {trained:,} trained, from {origin}; "
+    f"{total:,} parameters, {trained:,} trained, from {origin}; compiling for "
     f"{jax.device_count()} x {device}" + (f" ({sizes})" if sizes else "")
   )
 
