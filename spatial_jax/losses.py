@@ -21,7 +21,7 @@ def token_losses(
   logits = logits.astype(jnp.float32)
   # A comparison with iota instead of a gather: its gradient is no scatter, and
   # a sharded vocabulary stays sharded.
-  ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, labels.ndim)
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, labels.ndim)
   hit = ids == labels[..., None]
   chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
   cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen

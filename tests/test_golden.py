@@ -40,7 +40,7 @@ def mrope_train(folder, config):
         mine,
         image_token=config["image_token_id"],
         video_token=config["video_token_id"],
-        second_per_grid=case["second_per_grid_ts"] or 0.0,
+        second_per_grid=case["second_per_grid_ts"] or 1.0,
       )
       ids.append(row_ids)
       deltas.append([delta])

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold of a decoder with any weights: causality, padding, packing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatial_jax import losses
+from spatial_jax.data import positions
+from spatial_jax.models import llm
+from spatial_jax.nn import attention as attentions
+
+LLM = {
+  "vocab": 40,
+  "width": 32,
+  "layers": 2,
+  "heads": 4,
+  "kv_heads": 2,
+  "mlp": 32,
+  "sections": (1, 1, 2),
+  "embed_std": 1.0,
+}
+IMAGE = 39
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, *args, **kwargs):
+  return model.apply(params, *args, **kwargs)
+
+
+def rng_tokens(*shape, seed=0):
+  return np.random.default_rng(seed).integers(1, IMAGE, shape, dtype=np.int32)
+
+
+def text_batch(tokens, segments=None):
+  B, T = tokens.shape
+  if segments is None:
+    segments = np.ones((B, T), np.int32)
+  ids = np.stack(
+    [
+      positions.mrope(row, segments=mine)[0]
+      for row, mine in zip(tokens, segments, strict=True)
+    ]
+  )
+  return {"tokens": tokens, "segments": segments, "positions": ids}
+
+
+@functools.cache
+def decoder(**overrides):
+  model = llm.Model(**LLM, **overrides)
+  params = jax.jit(model.init)(
+    jax.random.key(0), **text_batch(rng_tokens(1, 4))
+  )
+  return model, params
+
+
+def close(a, b):
+  np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("position", [0, 3, 6])
+def test_a_logit_depends_on_earlier_tokens_only(position):
+  model, params = decoder()
+  batch = text_batch(rng_tokens(1, 7))
+  embeddings = jax.random.normal(jax.random.key(1), (1, 7, 32))
+
+  def chosen(embeddings):
+    logits, _ = run(model, params, **batch, embeddings=embeddings)
+    return jnp.sum(logits[0, position] ** 2)
+
+  reach = np.any(
+    np.asarray(jax.jit(jax.grad(chosen))(embeddings)[0]) != 0, axis=-1
+  )
+  np.testing.assert_array_equal(reach, np.arange(7) <= position)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logit(side):
+  model, params = decoder()
+  tokens = rng_tokens(2, 6)
+  want, _ = run(model, params, **text_batch(tokens))
+  pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
+  place = slice(3, 9) if side == "left" else slice(0, 6)
+  batch = text_batch(
+    np.pad(tokens, pad, constant_values=17), np.pad(np.ones((2, 6), int), pad)
+  )
+  got, _ = run(model, params, **batch)
+  close(got[:, place], want)
+
+
+def test_packed_segments_equal_rows_of_their_own():
+  model, params = decoder()
+  a, b = rng_tokens(1, 5), rng_tokens(1, 4, seed=1)
+  packed = text_batch(
+    np.concatenate([a, b, 0 * b[:, :2]], axis=1),
+    np.array([[1] * 5 + [2] * 4 + [0] * 2]),
+  )
+  got, _ = run(model, params, **packed)
+  close(got[:, :5], run(model, params, **text_batch(a))[0])
+  close(got[:, 5:9], run(model, params, **text_batch(b))[0])
+
+
+def test_questions_after_shared_tokens_equal_rows_of_one_question():
+  model, params = decoder()
+  prefix, a, b = rng_tokens(6), rng_tokens(4, seed=1), rng_tokens(3, seed=2)
+  tokens = np.concatenate([prefix, a, b])
+  segments = np.array([1] * 6 + [2] * 4 + [3] * 3, np.int32)
+  shared = segments == 1
+  ids, _ = positions.mrope(tokens, segments=segments, shared=shared)
+  np.testing.assert_array_equal(ids[0], [*range(6), 6, 7, 8, 9, 6, 7, 8])
+  batch = (tokens[None], ids[None], segments[None], shared[None])
+  got, _ = run(model, params, *batch)
+  for question, place in ((a, slice(6, 10)), (b, slice(10, 13))):
+    row = np.concatenate([prefix, question])[None]
+    want, _ = run(model, params, **text_batch(row))
+    close(got[:, place], want[:, 6:])
+  # The same in chunks, as rows of a fixed form are computed.
+  row = np.concatenate([prefix, a, b, rng_tokens(1)])
+  segments = np.array([1] * 6 + [2] * 4 + [3] * 3 + [0], np.int32)
+  shared = segments == 1
+  ids, _ = positions.mrope(row, segments=segments, shared=shared)
+  batch = (row[None], ids[None], segments[None], shared[None])
+  chunked = llm.Model(**LLM, packing=(6, 4))
+  close(run(chunked, params, *batch)[0][:, :13], got)
+
+
+def test_scan_and_recomputation_options_change_no_number():
+  params = decoder()[1]
+  batch = text_batch(rng_tokens(2, 6))
+
+  def outcome(**overrides):
+    model = llm.Model(**LLM, **overrides)
+
+    def loss(params):
+      logits, _ = run(model, params, **batch)
+      return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  want = outcome()
+  for overrides in (
+    {"unroll": 2},
+    {"remat": "full"},
+    {"remat": "dots_with_no_batch_dims_saveable"},
+    {"one_hot": True},
+  ):
+    jax.tree.map(close, outcome(**overrides), want)
+  with pytest.raises(ValueError, match="remat='dots' is unknown"):
+    outcome(remat="dots")
+
+
+def test_a_chunked_loss_equals_the_whole_loss():
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(2, 6, 8)).astype(np.float32)
+  kernel = rng.normal(size=(8, 11)).astype(np.float32)
+  labels = rng.integers(0, 11, (2, 6))
+  weight = rng.random((2, 6)).astype(np.float32)
+
+  def whole(hidden, kernel):
+    return losses.next_token(hidden @ kernel, labels, weight)
+
+  def parts(hidden, kernel):
+    return losses.next_token_chunked(hidden, kernel, labels, weight, 3)
+
+  want = jax.value_and_grad(whole, (0, 1), has_aux=True)(hidden, kernel)
+  got = jax.value_and_grad(parts, (0, 1), has_aux=True)(hidden, kernel)
+  jax.tree.map(close, got, want)
+  # By hand: log-softmax of the labels.
+  log_p = jax.nn.log_softmax(hidden @ kernel)
+  chosen = np.take_along_axis(np.asarray(log_p), labels[..., None], -1)[..., 0]
+  close(want[0][0], -np.sum(chosen * weight) / np.sum(weight))
+  with pytest.raises(ValueError, match="4 equal loss chunks"):
+    losses.next_token_chunked(hidden, kernel, labels, weight, 4)
+
+
+def test_a_batch_without_labels_has_loss_zero():
+  value, _ = losses.next_token(
+    jnp.ones((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2))
+  )
+  assert value == 0
+
+
+def test_matched_layers_start_with_equal_queries_and_keys():
+  _, params = decoder()
+  params = params["params"]
+  matched = llm.match_query_key({"llm": params}, 1, 1.5, head_dim=8)["llm"]
+  old, new = (p["blocks"]["attention"] for p in (params, matched))
+  key = np.asarray(old["key"]["kernel"]).reshape(2, 32, 2, 8)
+  query = np.asarray(new["query"]["kernel"]).reshape(2, 32, 2, 2, 8)
+  for group in range(2):
+    close(query[0, :, :, group], 1.5 * key[0])
+  close(new["key"]["kernel"][0], 1.5 * old["key"]["kernel"][0])
+  for name in ("query", "key"):
+    close(new[name]["kernel"][1], old[name]["kernel"][1])
+
+
+# --- attention --------------------------------------------------------------
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
+  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
+  mask = np.array([[[1, 0, 0], [0, 0, 0], [1, 1, 1]]], bool)
+  out = attentions.attention(x, x, x, mask)
+  assert np.all(np.asarray(out[0, 1]) == 0)
+  assert np.all(np.asarray(out[0, [0, 2]]) != 0)
+  grad = jax.grad(lambda x: jnp.sum(attentions.attention(x, x, x, mask)))(x)
+  assert np.all(np.isfinite(np.asarray(grad)))
+
+
+def test_attention_equals_its_definition():
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(2, 5, 4, 8)).astype(np.float32)
+  k, v = rng.normal(size=(2, 2, 6, 2, 8)).astype(np.float32)
+  mask = rng.random((2, 5, 6)) < 0.7
+  mask[..., 0] = True
+  got = attentions.attention(q, k, v, mask)
+  for b, n in np.ndindex(2, 4):
+    scores = q[b, :, n] @ k[b, :, n // 2].T / np.sqrt(8)
+    weights = np.exp(scores) * mask[b]
+    weights /= weights.sum(axis=-1, keepdims=True)
+    close(got[b, :, n], weights @ v[b, :, n // 2])
