@@ -165,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if argv else 2
   try:
     return _command(argv)
+  except KeyboardInterrupt:
+    print("interrupted; the last checkpoint is kept", file=sys.stderr)
+    return 130  # as shells count SIGINT
   except (ValueError, OSError, ArithmeticError) as error:
     # The library's own errors are of these types, with a message that says
     # what to do. Any other type is a bug and keeps its traceback.

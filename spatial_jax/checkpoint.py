@@ -309,4 +309,4 @@ def is_workdir(path: str) -> bool:
 def write_config(workdir: str, config_json: str) -> None:
   """<workdir>/config.json, for people and for reports."""
   text = json.dumps(json.loads(config_json), indent=2, default=str)
-  pathlib.Path(workdir, "config.json").write_text(text + "\n")
+  epath.Path(workdir, "config.json").write_text(text + "\n")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from spatial_jax import checkpoint, sharding, trees
 from spatial_jax import system as systems
@@ -43,10 +43,12 @@ def main(config: Any, workdir: str) -> dict[str, Any]:
     scores = run(config, system, params, mesh, list(config.evals))
   if jax.process_index():
     return scores
-  folder = pathlib.Path(workdir, "evaluations")
+  folder = epath.Path(workdir, "evaluations")
   folder.mkdir(exist_ok=True)
   path = folder / f"{step}.json"
-  path.write_text(json.dumps({"step": step, **scores}, indent=2) + "\n")
+  path.write_text(
+    json.dumps({"step": step, **scores}, indent=2, default=float) + "\n"
+  )
   print(f"written to {path}", flush=True)
   return scores
 

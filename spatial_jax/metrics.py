@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -83,6 +82,13 @@ class Throughput:
     return out
 
 
+def local_folder(workdir: str) -> pathlib.Path:
+  """Where metrics are appended: object stores cannot, so a folder in runs/."""
+  if "://" in workdir:
+    return pathlib.Path("runs", workdir.rstrip("/").rpartition("/")[2])
+  return pathlib.Path(workdir)
+
+
 class Writer:
   """Metrics of a run in <workdir>/metrics.jsonl, TensorBoard and stdout."""
 
@@ -101,14 +107,16 @@ class Writer:
     self._bar = self._board = None
     if not active:
       return
-    path = pathlib.Path(workdir, "metrics.jsonl")
+    folder = local_folder(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
     _forget(path, start)
     self._file = path.open("a")
     if tensorboard:
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(
-        os.path.join(workdir, "tensorboard"), purge_step=start + 1
+        str(folder / "tensorboard"), purge_step=start + 1
       )
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
@@ -177,7 +185,7 @@ def _forget(path: pathlib.Path, start: int) -> None:
 
 def read(workdir: str) -> list[dict[str, float]]:
   """Rows of <workdir>/metrics.jsonl."""
-  path = pathlib.Path(workdir, "metrics.jsonl")
+  path = local_folder(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text().splitlines()]

@@ -8,7 +8,6 @@ config -> mesh -> data -> model -> shapes -> optimizer -> shardings -> state
 from __future__ import annotations
 
 import math
-import pathlib
 import signal
 import threading
 import time
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from spatial_jax import checkpoint, evaluate, metrics, optim, sharding, trees
 from spatial_jax import system as systems
@@ -45,7 +45,7 @@ def main(config: Any, workdir: str) -> Result:
 
 def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
   lead = jax.process_index() == 0
-  if lead and "://" not in workdir:
+  if lead:
     checkpoint.write_config(workdir, config.to_json_best_effort())
 
   # -------------------------------------------------------------------- data
@@ -282,13 +282,13 @@ def _overview(workdir, origin, mesh, params, optimizer, lead) -> str:
   placed = trees.flatten(sharding.parameters(params, mesh))
   trainable = trees.flatten(optimizer.trainable)
   flat = trees.flatten(params)
-  if lead and "://" not in workdir:
+  if lead:
     lines = [
       f"{name}  {list(x.shape)}  {x.dtype}  {placed[name].spec}  "
       f"{'trained' if trainable[name] else 'frozen'}\n"
       for name, x in flat.items()
     ]
-    pathlib.Path(workdir, "parameters.txt").write_text("".join(lines))
+    epath.Path(workdir, "parameters.txt").write_text("".join(lines))
   total = trees.count(params)
   trained = trees.count(optim.subset(params, optimizer.trainable))
   sizes = ", ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1)
