@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from spatial_jax import sharding
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention, chunked, packed_mask
 from spatial_jax.nn.layers import Dense, Embed, GatedMlp, RMSNorm
@@ -96,7 +97,8 @@ class Attention(nn.Module):
 
     def project(heads, name):
       y = Dense(heads * self.head_dim, dtype=self.dtype, name=name)(x)
-      return y.reshape(B, T, heads, self.head_dim)
+      y = y.reshape(B, T, heads, self.head_dim)
+      return sharding.constrain(y, "batch length act_heads head_dim")
 
     query = rope.rotate(project(self.heads, "query"), rotary)
     key = rope.rotate(project(self.kv_heads, "key"), rotary)
@@ -139,9 +141,10 @@ class Block(nn.Module):
       self.packing,
       name="attention",
     )(y, mask, rotary, cache, index)
-    x = x + y
+    x = sharding.constrain(x + y, "batch length act_embed")
     y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
-    x = x + GatedMlp(self.mlp, dtype=self.dtype, name="mlp")(y)
+    y = GatedMlp(self.mlp, dtype=self.dtype, name="mlp")(y)
+    x = sharding.constrain(x + y, "batch length act_embed")
     return x, (x, cache)
 
 
@@ -229,14 +232,15 @@ class Model(nn.Module):
       positions, self._head_dim, self.theta, self.sections
     )
     out = {"llm/embedding": self.embed.embedding}
-    x = x.astype(self.dtype)
+    x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
     x, (out["llm/blocks"], pairs) = self.blocks(x, pairs, mask, rotary, index)
     if cache is not None:
       out["cache"] = {**cache, "key": pairs[0], "value": pairs[1]}
     x = out["llm/hidden"] = self.norm(x)
     if last is not None:
       x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return (self.embed.attend(x) if self.tied else self.head(x)), out
+    logits = self.embed.attend(x) if self.tied else self.head(x)
+    return sharding.constrain(logits, "batch length act_vocab"), out
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Empty cache of `length` slots; needs no parameters."""

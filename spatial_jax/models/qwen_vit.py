@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from spatial_jax import sharding
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention
@@ -108,10 +109,11 @@ class Block(nn.Module):
     query, key = rope.rotate(query, rotary), rope.rotate(key, rotary)
     qkv = jnp.stack([query, key, value], axis=2)
     y = self._attend(qkv, is_full, layout).reshape(R, S, D)
-    x = x + Dense(D, dtype=self.dtype, name="out")(y)
+    y = Dense(D, dtype=self.dtype, name="out")(y)
+    x = sharding.constrain(x + y, "batch patches act_embed")
     y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
-    x = x + GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
-    return x, None
+    y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
+    return sharding.constrain(x + y, "batch patches act_embed"), None
 
   def _attend(self, qkv, is_full, layout):
     if self.grid is not None:
