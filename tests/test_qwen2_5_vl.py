@@ -4,6 +4,7 @@
 import functools
 import importlib.util
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -156,6 +157,23 @@ def compare(case, outputs, source, folder):
   assert not bad
 
 
+def test_bfloat16_rounds_logits_and_intermediates_only():
+  model, mod = tiny(dtype="bfloat16")
+  params = hf.load(mod.KEYS, WEIGHTS, abstract(model, mod))
+  batch = to_batch(make.inputs("images_left"))
+  valid = batch["segments"] > 0
+
+  @jax.jit
+  def run(params, batch):
+    return model.apply({"params": params}, **mod.arguments(batch))
+
+  logits, out = run(params, batch)
+  assert logits.dtype == out["vit/merged"].dtype == "bfloat16"
+  with safe_open(WEIGHTS.with_name("images_left.safetensors"), "numpy") as f:
+    want = f.get_tensor("logits")[make.inputs("images_left")["valid"]]
+  assert worst(np.asarray(logits, np.float32)[valid], want) < 0.05
+
+
 def test_a_mesh_changes_no_number():
   model, mod = tiny()
   params = hf.load(mod.KEYS, WEIGHTS, abstract(model, mod))
@@ -198,3 +216,19 @@ def reference(tmp_path_factory):
 def test_outputs_equal_those_of_transformers(name, reference, tmp_path):
   model, folder = reference
   compare(make.inputs(name), make.run(model, name), folder, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("release", [0, 1])
+def test_transformers_reads_what_we_write(release, reference, tmp_path):
+  published, folder = reference
+  model, mod = tiny()
+  params = hf.load(mod.KEYS, folder, abstract(model, mod))
+  hf.save(mod.KEYS, params, tmp_path, release=release, shard_bytes=200_000)
+  shutil.copy(folder / "config.json", tmp_path)
+  again, info = type(published).from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  for name, value in published.named_parameters():
+    assert (again.get_parameter(name) == value).all(), name

@@ -2,6 +2,7 @@
 """The vision tower with any weights; positions and patches of images."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,23 @@ def test_grids_and_image_tokens_must_agree():
 def test_unusable_images_say_what_was_expected(image, message):
   with pytest.raises(ValueError, match=message):
     vision.preprocess([image])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("height,width", [(50, 75), (200, 31), (28, 56)])
+def test_patches_equal_those_of_transformers_processor(height, width):
+  for package in ("torch", "transformers"):
+    if importlib.util.find_spec(package) is None:
+      pytest.skip(f"{package} is not installed, so there is no processor")
+  from transformers import Qwen2VLImageProcessorPil
+
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+  processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12544)
+  want = processor(image, input_data_format="channels_last")
+  got, grid, _ = vision.preprocess([image], max_pixels=12544)
+  np.testing.assert_array_equal(want["image_grid_thw"], [grid])
+  np.testing.assert_array_equal(want["pixel_values"], got)
 
 
 def test_grey_and_transparent_images_become_rgb():
