@@ -19,8 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_notebooks_run(path, tmp_path, monkeypatch):
   monkeypatch.setenv("SPATIAL_JAX_FAST", "1")
   monkeypatch.setenv("TMPDIR", str(tmp_path))
-  # As a user has it: one CPU device.
+  # As a user has it: one CPU device. Compiling takes most of the time here.
   monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   book = nbformat.read(path, as_version=4)
   assert not any(cell.get("outputs") for cell in book.cells), "clear outputs"
   nbclient.NotebookClient(
