@@ -102,7 +102,10 @@ VARIANTS = {
       "theta": 1000.0,
       "sections": (1,) * 16,  # t h w t h w ...: all axes at all scales
       "one_hot": True,
+      # As large as what the first blocks add, or words would drown in it.
+      "embed_std": 1.0,
     },
+    "vision_gradient": 0.1,
     # Recomputing is faster on CPU than stacking what a scan would save.
     "remat": "full",
     "grid": (4, 8, 8),
@@ -138,6 +141,9 @@ class Model(nn.Module):
   dtype: str = "float32"
   remat: str = "none"
   loss_chunks: int = 0  # over the length; 0: all logits at once
+  # Share of the decoder's gradient that reaches the vision tower. Below 1 where
+  # the tower has losses of its own, which an untrained decoder would drown.
+  vision_gradient: float = 1.0
 
   def setup(self) -> None:
     shared = {"dtype": self.dtype, "remat": self.remat}
@@ -171,6 +177,9 @@ class Model(nn.Module):
     embeddings, out = self._llm.embed(tokens), {}
     if patches is not None:
       merged, out = self.encode(patches, layout)
+      if self.vision_gradient != 1:
+        share = self.vision_gradient
+        merged = share * merged + jax.lax.stop_gradient((1 - share) * merged)
       is_image = (tokens == self.image_token) | (tokens == self.video_token)
       embeddings = place(
         embeddings, merged, is_image, one_hot=self._llm.one_hot

@@ -112,6 +112,7 @@ class World:
       self.intrinsics,
       (self.image_size, self.image_size),
       visibility.GRID**2,
+      every_class=not self.layouts,
     )
     rng = np.random.default_rng([self.seed, number, index, 2])
     asked = questions.generate(view, rng, self.questions_per_room)

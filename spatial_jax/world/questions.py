@@ -107,6 +107,10 @@ class View:
     intrinsics: float[3 3], in pixels of an image of `image_size`.
     image_size: (height, width) that the camera questions speak of.
     frame_pixels: pixels per frame behind `pixel_counts`.
+    every_class: directions and turns are asked only where the room offers every
+      class, which balances the answers exactly. Real rooms have few objects
+      that are the only one of their kind: without it the class is drawn first
+      and the question skipped where the room lacks it.
   """
 
   def __init__(
@@ -117,8 +121,10 @@ class View:
     intrinsics: np.ndarray,
     image_size: tuple[int, int],
     frame_pixels: int,
+    every_class: bool = True,
   ):
     self.scene = scene
+    self.every_class = every_class
     self.category = np.asarray(scene["object_category"])
     self.center = np.asarray(scene["object_center"], np.float64)
     self.size = np.asarray(scene["object_size"], np.float64)
@@ -312,12 +318,14 @@ def triples(view: View, rng: np.random.Generator, least: float = 0.8):
 
 
 def balanced(
-  rng: np.random.Generator, classes: np.ndarray, number: int
+  view: View, rng: np.random.Generator, classes: np.ndarray, number: int
 ) -> int | None:
-  """Index of an item of a class drawn uniformly; None unless all are there."""
-  if not all((classes == c).any() for c in range(number)):
+  """Index of an item of a class drawn uniformly, or None; see `View`."""
+  there = [(classes == c).any() for c in range(number)]
+  drawn = rng.integers(number)
+  if not (all(there) if view.every_class else there[drawn]):
     return None
-  return int(rng.choice(np.flatnonzero(classes == rng.integers(number))))
+  return int(rng.choice(np.flatnonzero(classes == drawn)))
 
 
 def ask_direction(kind: str) -> Callable:
@@ -341,7 +349,7 @@ def ask_direction(kind: str) -> Callable:
     a, b, c = abc.T
     angle = turn_angle(xy[b] - xy[a], xy[c] - xy[a])
     classes = direction_class(kind, np.degrees(angle))
-    best = balanced(rng, classes, len(words))
+    best = balanced(view, rng, classes, len(words))
     if best is None:
       return None
     a, b, c = abc[best].tolist()
@@ -372,7 +380,7 @@ def ask_route(view: View, rng: np.random.Generator, blanks: int = 1):
   a, b, c = abc.T
   angle = turn_angle(xy[b] - xy[a], xy[c] - xy[b])
   classes = turn_class(np.degrees(angle))
-  best = balanced(rng, classes, 3)
+  best = balanced(view, rng, classes, 3)
   if best is None:
     return None
   stops, turns = abc[best].tolist(), [words[classes[best]]]
