@@ -101,7 +101,8 @@ def get_config(arg: str = "") -> ConfigDict:
       c.auxiliary.update(TOKENS)
       # The vision stage has trained all but the heads of the token terms.
       c.init_new = (f"aux/({'|'.join(TOKENS)})/.*",)
-    c.init.match_query_key = (2, 1.3)
+      c.optimizer.lr_mult = (("vit/.*", 0.3), (".*", 1.0))
+    c.init.match_query_key = (2, 1.8, 32, 1.5)
 
   c.optimizer.update(
     {"name": "muon", "lr": 0.02, "b2": 0.98, "weight_decay": 0.01}
@@ -110,13 +111,17 @@ def get_config(arg: str = "") -> ConfigDict:
     {"constant": 0.4, "decay": "linear", "final": 0.02}
   )
   c.batch_size = 16 if arg.stage == "vision" else 8
-  c.steps = 150 if arg.stage == "vision" else 600
+  c.steps = 400 if arg.stage == "vision" else 600
   c.checkpoint.every = 10_000
   c.evals.vsi = ConfigDict(
     {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}
   )
   if arg.test:
     c.steps, c.batch_size = 2, 8
+    c.model.vit = ConfigDict({"width": 24, "heads": 1, "mlp": 32, "layers": 1})
+    c.model.vit.out_width = 32
+    c.model.llm.update({"width": 32, "heads": 1, "kv_heads": 1, "mlp": 32})
+    c.model.llm.layers = 5  # the deepest token term reads the fifth block
     c.data.world.rooms = 16
     c.evals.vsi.rooms = 8
   return c

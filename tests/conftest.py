@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
+    # Collectives in one order on all devices: on few cores, threads that wait
+    # in different ones would wait for each other for ever.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
   )
 ).strip()
 # One compilation cache per test process: child processes and later runs reuse

@@ -15,7 +15,6 @@ from spatial_jax.world import auxiliary, dataset, observe, targets
 
 def config(arg="test"):
   c = demo.get_config(arg)
-  c.model.llm.layers = 5
   return c
 
 

@@ -24,8 +24,8 @@ from spatial_jax.world import targets
 DENSE = ("category", "point", "room_point", "align")
 # A merged token has to stand out against 16 words, not against their noise:
 # with a cosine factor of 45 tiny cosines satisfied the loss and attention
-# could not use them; 10 makes them large.
-ALIGN_SCALE = 10.0
+# could not use them; 5 makes them large.
+ALIGN_SCALE = 5.0
 CATEGORIES = len(scene_lib.CATEGORIES)
 
 
