@@ -116,6 +116,16 @@ def defaults() -> ConfigDict:
   # training (0: only by the evaluate command), ...its keyword arguments}
   config.evals = ConfigDict()
 
+  # The generate command; temperature 0.0 takes the likeliest token.
+  config.generate = ConfigDict(
+    {
+      "split": "test",
+      "rows": 2,
+      "max_new_tokens": 32,
+      "temperature": 0.0,
+      "top_p": 1.0,
+    }
+  )
   config.checkpoint = ConfigDict({"every": 500, "keep": 2})
   config.logging = ConfigDict({"every": 10, "tensorboard": True})
   return config

@@ -18,8 +18,8 @@ from typing import Any
 COMMANDS = {
   "train": ("train", "train, or go on from the workdir's last checkpoint"),
   "evaluate": ("evaluate", "run config.evals on the workdir's checkpoint"),
-  "generate": ("generate", "answer questions with the workdir's checkpoint"),
-  "view": ("report", "write pictures and curves of a run to report.html"),
+  "generate": ("answer", "answer questions with the workdir's checkpoint"),
+  "view": ("report", "draw rooms of the recipe's data into view.html"),
 }
 
 HELP = """\

@@ -25,10 +25,10 @@ ORDER = (
   ("hf",),
   ("models",),
   ("system",),
-  ("generate", "system"),
+  ("generate",),
   ("evaluators", "drawing"),
   ("evaluate",),
-  ("train", "report"),
+  ("train", "report", "answer"),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

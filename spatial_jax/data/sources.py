@@ -48,10 +48,10 @@ class Conversations:
   ):
     self._file = pathlib.Path(file)
     self._images = pathlib.Path(images) if images else self._file.parent
-    self._tokenizer = text.Tokenizer.load(tokenizer or None)
+    self.tokenizer = text.Tokenizer.load(tokenizer or None)
     self._length, self._layout = length, dict(layout)
     self._image_token, self._wrap = image_token, tuple(wrap)
-    self._image_id = self._tokenizer.token_id(image_token)
+    self._image_id = self.tokenizer.token_id(image_token)
     self._block_end = block_end
     self._side = vision["side"]
     self._patching = {k: v for k, v in vision.items() if k != "side"}
@@ -77,7 +77,7 @@ class Conversations:
     merge = self._patching["merge"]
     counts = [t * h * w // merge**2 for t, h, w in grids]
     messages = self._place(messages, counts)
-    ids, said = self._tokenizer.chat_ids(messages)
+    ids, said = self.tokenizer.chat_ids(messages)
     text.bucket(len(ids), [self._length], "the conversation")
     labels, weight = text.next_token(ids, said)
     if not weight.any():
@@ -91,7 +91,7 @@ class Conversations:
       block_end=self._block_end,
     )
     row = {
-      "tokens": text.pad(ids, self._length, self._tokenizer.pad_id),
+      "tokens": text.pad(ids, self._length, self.tokenizer.pad_id),
       "positions": text.pad(place, self._length),
       "segments": text.pad(np.ones(len(ids), np.int32), self._length),
       "shared": np.zeros(self._length, bool),

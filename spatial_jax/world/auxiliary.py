@@ -50,7 +50,8 @@ class Heads(nn.Module):
 
     def head(name, x, width):
       flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-      y = nn.Dense(width, name=name)(flat)
+      # From zero: a random head would first teach the model noise.
+      y = nn.Dense(width, kernel_init=nn.initializers.zeros, name=name)(flat)
       return y.reshape(*x.shape[:-1], width)
 
     if "category" in self.dense:

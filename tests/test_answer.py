@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generate command on a recipe's data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import demo
+from spatial_jax import answer, evaluate, sharding, train
+from spatial_jax import system as systems
+from spatial_jax.data import pipeline
+from spatial_jax.evaluators import vsi
+from spatial_jax.world import dataset
+
+
+def test_the_command_gives_the_answers_that_the_evaluator_reads(tmp_path):
+  config = demo.get_config("test")
+  config.evals = {}
+  config.generate.rows = 1
+  config.generate.max_new_tokens = 4
+  train.main(config, str(tmp_path))
+  got = answer.main(config, str(tmp_path))
+
+  source = dataset.make(config, "test")
+  room = source.room(0)
+  asked = [q for q, *_ in source.place(room.questions)]
+  assert len(got) == len(asked)
+  mesh = sharding.mesh(**config.mesh.to_dict())
+  system = systems.build(config, pipeline.example(config), config.batch_size)
+  with jax.set_mesh(mesh):
+    params, _ = evaluate.load(str(tmp_path), system, mesh)
+    forward = vsi.answer_distributions(system.model, system.mod, config)
+    rows = [source.row(room)] * config.batch_size
+    batch = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
+    log_p = np.asarray(forward(params, batch))[0]
+  for number, (question, (prompt, text, truth)) in enumerate(
+    zip(asked, got, strict=True)
+  ):
+    assert prompt.endswith(question.prompt)
+    if question.options:
+      assert truth == question.answer
+    # Cached decoding of one question against the packed pass over all.
+    first = source.tokenizer.decode([int(log_p[number].argmax())]).strip()
+    assert text.startswith(first)
+
+
+def test_a_workdir_without_a_checkpoint_is_one_clear_error(tmp_path):
+  with pytest.raises(FileNotFoundError, match="train first"):
+    answer.main(demo.get_config("test"), str(tmp_path))
