@@ -52,7 +52,7 @@ TOKENS = {
   "first": (0.5, 3),
   "bearing": (0.5, 3),
   "number": (0.3, 5),
-  "verify": (0.5, 5),
+  "verify": (1.0, 5),
 }
 
 
@@ -90,6 +90,8 @@ def get_config(arg: str = "") -> ConfigDict:
       "scene": SCENE,
       "blind": arg.blind,
       "layouts_path": arg.layouts,
+      # Real rooms are few: look at each from several places.
+      "draws": 6 if arg.layouts else 1,
     }
   )
   if not arg.blind:
@@ -108,10 +110,10 @@ def get_config(arg: str = "") -> ConfigDict:
     {"name": "muon", "lr": 0.02, "b2": 0.98, "weight_decay": 0.01}
   )
   c.optimizer.schedule.update(
-    {"constant": 0.4, "decay": "linear", "final": 0.02}
+    {"constant": 0.5, "decay": "linear", "final": 0.02}
   )
   c.batch_size = 16 if arg.stage == "vision" else 8
-  c.steps = 400 if arg.stage == "vision" else 600
+  c.steps = 350 if arg.stage == "vision" else 900
   c.checkpoint.every = 10_000
   c.evals.vsi = ConfigDict(
     {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}

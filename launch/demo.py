@@ -133,9 +133,7 @@ def pictures(config, scores: dict, count: int) -> list[dict]:
     ]
     rooms.append(
       {
-        "name": source.names[example["room"]]
-        if source.names
-        else f"room {example['room']} of the test split",
+        "name": source.name(example["room"]),
         "scene": room.scene,
         "world_from_camera": room.world_from_camera,
         "intrinsics": intrinsics,

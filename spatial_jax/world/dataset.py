@@ -94,6 +94,11 @@ class World:
   def __len__(self) -> int:
     return self.rooms * self.draws
 
+  def name(self, index: int) -> str:
+    if self.names:
+      return self.names[index % self.rooms]
+    return f"room {index % self.rooms} of the {self.split} split"
+
   def room(self, index: int) -> Room:
     """Scene, frames and questions of one row, before tokenisation."""
     number = SPLITS.index(self.split)
@@ -102,7 +107,7 @@ class World:
       scene = self.layouts[room]
     else:
       scene = scene_lib.sample(self.seed, self.split, room, **self.scene_kwargs)
-    rng = np.random.default_rng([self.seed, number, room, 1])
+    rng = np.random.default_rng([self.seed, number, index, 1])
     poses = cameras.turntable(scene, rng, self.frames)
     counts = visibility.pixel_counts(scene, poses, self.intrinsics)
     view = questions.View(
