@@ -110,10 +110,10 @@ def get_config(arg: str = "") -> ConfigDict:
     {"name": "muon", "lr": 0.02, "b2": 0.98, "weight_decay": 0.01}
   )
   c.optimizer.schedule.update(
-    {"constant": 0.5, "decay": "linear", "final": 0.02}
+    {"constant": 0.15, "decay": "linear", "final": 0.02}
   )
   c.batch_size = 16 if arg.stage == "vision" else 8
-  c.steps = 350 if arg.stage == "vision" else 900
+  c.steps = 350 if arg.stage == "vision" else 300 if arg.blind else 900
   c.checkpoint.every = 10_000
   c.evals.vsi = ConfigDict(
     {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}
