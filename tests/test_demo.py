@@ -67,3 +67,26 @@ def test_the_demo_writes_a_self_contained_report_and_scores_real_rooms(
   assert (tmp_path / "layouts.html").exists()
   # What was trained is reused.
   assert "=== vision ===" not in out
+
+
+def test_stored_rooms_hold_what_the_data_set_shows(tmp_path):
+  import numpy as np
+
+  from configs import demo as recipe
+  from launch import write_world
+  from spatial_jax.world import dataset, writer
+
+  sizes = ["--rooms=2", "--size=32", "--split=test"]
+  write_world.main(
+    ["--config=configs/demo.py:test", *sizes, f"--out={tmp_path}"]
+  )
+  source = dataset.make(recipe.get_config("test"), "test")
+  stored = list(writer.read(tmp_path, "test"))
+  assert len(stored) == 2
+  for index, record in enumerate(stored):
+    room = source.room(index)
+    assert record["rgb"].shape == (4, 32, 32, 3)
+    assert record["depth"].shape == (4, 32, 32)
+    assert record["questions"] == [q.asdict() for q in room.questions]
+    for key, value in room.scene.items():
+      np.testing.assert_array_equal(record["scene"][key], value)

@@ -40,7 +40,27 @@ class Room:
 
 
 class World:
-  """Random-access source of rows (see `make` for the arguments)."""
+  """Random-access source of rows.
+
+  Args:
+    split: "train", "validation" or "test"; they never share a room.
+    seed: of rooms, cameras and questions.
+    rooms: how many rooms the split has.
+    frames: views of a room, from one point, clockwise.
+    image_size: pixels of a square frame.
+    patch_size, merge_size: of the vision tower, in pixels and patches.
+    text_length: tokens for questions, a multiple of `chunk`.
+    chunk: tokens that no question's text crosses; see `place`.
+    questions_per_room: question type -> how many to try to ask.
+    scene: keyword arguments of `scene.sample`; `scene.SIMPLE` if None.
+    fov_degrees: horizontal field of view.
+    blind: rows without images.
+    draws: rows of each room, with other cameras and questions.
+    layouts: name -> scene, instead of sampled rooms.
+
+  Raises:
+    ValueError: an unknown split, or sizes that don't divide.
+  """
 
   def __init__(
     self,
