@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What computes a recorded case with the library, a module a system.
+
+Each module's ADAPTERS maps (system, entry) to a function of the case's folder
+and config. It returns two dictionaries of arrays: what the library gives, and
+what the reference gave. Adapters hold no numbers of a case: cases of other
+sizes run as well.
+"""
+
+from tests.adapters import spatial_mllm
+
+ADAPTERS = {**spatial_mllm.ADAPTERS}
