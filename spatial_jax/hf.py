@@ -5,7 +5,9 @@ A table is a tuple of rows `(name, path)` or `(name, path, special)`:
 
 * `name`: tensor in the checkpoint; `{i}` stands for the number of a layer. A
   tuple holds the names that different releases give the same tensor.
-* `path`: parameter. Rows with `{i}` stack the layers along its first axis.
+* `path`: parameter. Rows with `{i}` stack the layers along its first axis. A
+  tuple of paths shares a tensor: the parameters follow each other along its
+  first axis (a fused query, key and value).
 * `special`: a `Tied` head, or a `Custom` pair of functions.
 
 There is no column for transposes. The leading (out, in) axes of a tensor that
@@ -54,6 +56,7 @@ class Entry(NamedTuple):
   names: tuple[str, ...]
   stacked: bool
   custom: Custom | None
+  start: int | None = None  # first row in a tensor that several share
 
 
 def nest(table: Table, name: str | tuple[str, ...], path: str) -> tuple:
@@ -62,7 +65,9 @@ def nest(table: Table, name: str | tuple[str, ...], path: str) -> tuple:
   return tuple(
     (
       tuple(p + alias for p in prefixes for alias in _aliases(row[0])),
-      path + row[1],
+      path + row[1]
+      if isinstance(row[1], str)
+      else tuple(path + part for part in row[1]),
       *row[2:],
     )
     for row in table
@@ -93,6 +98,14 @@ def plan(
   for names, path, *special in table:
     special = special[0] if special else None
     alias = _choose(names, tensors)
+    if not isinstance(path, str):
+      if any(part in leaves for part in path):
+        shared, problems = _share(alias, path, leaves, tensors)
+        entries += shared
+        wrong += problems
+        filled.update(path)
+        used.update(name for entry in shared for name in entry.names)
+      continue
     if path not in leaves:
       if isinstance(special, Tied) and alias in tensors:
         used.add(alias)  # the same numbers as its source
@@ -196,8 +209,8 @@ def save(
     shard_bytes: largest size of one file.
   """
   leaves = trees.flatten(params)
-  rows = [row for row in table if row[1] in leaves]
-  known = {row[1] for row in rows}
+  rows = [row for row in table if _paths(row[1])[0] in leaves]
+  known = {path for row in rows for path in _paths(row[1])}
   lost = [
     path
     for path in leaves
@@ -212,10 +225,11 @@ def save(
   for name, path, *special in rows:
     aliases = _aliases(name)
     name = aliases[min(release, len(aliases) - 1)]
-    leaf = leaves[path]
-    layers = range(leaf.shape[0]) if "{i}" in name else [None]
-    width = np.dtype(dtype or leaf.dtype).itemsize
-    item = math.prod(leaf.shape) * width // max(len(layers), 1)
+    parts = [leaves[part] for part in _paths(path)]
+    layers = range(parts[0].shape[0]) if "{i}" in name else [None]
+    width = np.dtype(dtype or parts[0].dtype).itemsize
+    item = sum(math.prod(x.shape) for x in parts) * width
+    item //= max(len(layers), 1)
     custom = special[0] if special and isinstance(special[0], Custom) else None
     for i in layers:
       if size + item > shard_bytes and shards[-1]:
@@ -231,8 +245,11 @@ def save(
       file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     tensors = {}
     for name, path, i, custom in shard:
-      array = leaves[path] if i is None else leaves[path][i]
-      tensors[name] = _to_tensor(np.asarray(array), path, custom, dtype)
+      parts = []
+      for part in _paths(path):
+        array = leaves[part] if i is None else leaves[part][i]
+        parts.append(_to_tensor(np.asarray(array), part, custom, dtype))
+      tensors[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
       total += tensors[name].nbytes
       where[name] = file
     # Readers never see half a file.
@@ -343,6 +360,12 @@ def _layer(reader, entry, name, index, shape):
     return entry.custom.load(reader.slice(name)).reshape(shape)[index]
   stored = reader.shapes[name]
   is_kernel = _is_kernel(entry.path)
+  if entry.start is not None:
+    # The tensor's first axis is the last one of a kernel, the only one of a
+    # bias.
+    rows = range(entry.start, entry.start + shape[-1])[index[-1]]
+    index = (*index[:-1], slice(rows.start, rows.stop))
+    stored = (shape[-1], *stored[1:])
   if is_kernel and len(stored) == len(shape) == 2:
     return reader.slice(name, index[::-1]).T
   if not is_kernel and stored == shape and shape:
@@ -369,6 +392,36 @@ def _fits(stored, path, layer, custom):
   if len(stored) == len(layer):
     return stored == layer
   return math.prod(stored) == math.prod(layer)
+
+
+def _share(alias, paths, leaves, tensors):
+  """Entries of the parameters that follow each other in one tensor."""
+  absent = [path for path in paths if path not in leaves]
+  if absent:
+    return [], [
+      f"no parameter {path} for its part of {alias}" for path in absent
+    ]
+  stacked, entries, problems, start = "{i}" in alias, [], [], 0
+  count = leaves[paths[0]].shape[0] if stacked else 1
+  names = tuple(alias.replace("{i}", str(i)) for i in range(count))
+  for path in paths:
+    entries.append(Entry(path, names, stacked, None, start))
+    layer = tuple(leaves[path].shape[1 if stacked else 0 :])
+    start += layer[-1]
+  want = (start, *layer[:-1])
+  for name in names:
+    if name not in tensors:
+      problems.append(f"missing: {name} (for {', '.join(paths)})")
+    elif tuple(tensors[name]) != want:
+      problems.append(
+        f"shape: {name} is {list(tensors[name])}, but {', '.join(paths)} "
+        f"together fill {list(want)}"
+      )
+  return entries, problems
+
+
+def _paths(path):
+  return (path,) if isinstance(path, str) else path
 
 
 def _is_kernel(path):

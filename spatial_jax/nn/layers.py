@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that every model shares: linear, norm, gated MLP, embedding.
+"""Layers that every model shares: linear, norms, MLPs, embedding.
 
 Parameters are plain float32 arrays with 2-D kernels (in, out). `dtype` is the
 dtype that a layer computes in.
@@ -9,6 +9,7 @@ Letters: B batch, T length, D width, M mlp width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -55,6 +56,70 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
     return (x * scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Zero mean and unit variance, in float32, then a scale and a bias."""
+
+  eps: float = 1e-6
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def row(name, init):
+      value = self.param(name, init, (x.shape[-1],)).astype(jnp.float32)
+      return jnp.expand_dims(value, range(x.ndim - 1))
+
+    scale = row("scale", nn.initializers.ones)
+    bias = row("bias", nn.initializers.zeros)
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * scale + bias).astype(self.dtype)
+
+
+class Scale(nn.Module):
+  """A learned factor for each channel ("layer scale")."""
+
+  init: float = 1.0
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    init = nn.initializers.constant(self.init)
+    scale = self.param("scale", init, (x.shape[-1],)).astype(self.dtype)
+    return x * jnp.expand_dims(scale, range(x.ndim - 1))
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+  """The function of a published name: "gelu" is the exact one."""
+  functions = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+    "relu": nn.relu,
+  }
+  if name not in functions:
+    raise ValueError(
+      f"activation {name!r} is unknown; use one of {', '.join(functions)}"
+    )
+  return functions[name]
+
+
+class Mlp(nn.Module):
+  """down(activation(up(x)))."""
+
+  width: int
+  activation: str = "gelu"
+  use_bias: bool = True
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    y = Dense(self.width, self.use_bias, self.dtype, name="up")(x)
+    y = activation(self.activation)(y)
+    return Dense(x.shape[-1], self.use_bias, self.dtype, name="down")(y)
 
 
 class GatedMlp(nn.Module):
