@@ -28,7 +28,13 @@ from flax import linen as nn
 from spatial_jax import sharding
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention, chunked, packed_mask
-from spatial_jax.nn.layers import Dense, Embed, GatedMlp, RMSNorm
+from spatial_jax.nn.layers import (
+  Dense,
+  Embed,
+  GatedMlp,
+  RMSNorm,
+  adapted_kernel,
+)
 from spatial_jax.types import Array, Bool, Float, Int
 
 Cache = dict[str, Array]
@@ -290,7 +296,7 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
 def head_kernel(params: dict) -> Float[Array, "D V"]:
   """Output projection of a decoder's parameters, tied or not."""
   if "head" in params:
-    return params["head"]["kernel"]
+    return adapted_kernel(params["head"])
   return params["embed"]["embedding"].T
 
 
