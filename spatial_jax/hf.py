@@ -361,11 +361,12 @@ def _layer(reader, entry, name, index, shape):
   stored = reader.shapes[name]
   is_kernel = _is_kernel(entry.path)
   if entry.start is not None:
-    # The tensor's first axis is the last one of a kernel, the only one of a
-    # bias.
-    rows = range(entry.start, entry.start + shape[-1])[index[-1]]
-    index = (*index[:-1], slice(rows.start, rows.stop))
-    stored = (shape[-1], *stored[1:])
+    # The tensor's first axis is the last one of a kernel, else the first one.
+    axis = len(shape) - 1 if is_kernel else 0
+    rows = range(entry.start, entry.start + shape[axis])[index[axis]]
+    rows = slice(rows.start, rows.stop)
+    index = (*index[:axis], rows, *index[axis + 1 :])
+    stored = (shape[axis], *stored[1:])
   if is_kernel and len(stored) == len(shape) == 2:
     return reader.slice(name, index[::-1]).T
   if not is_kernel and stored == shape and shape:
@@ -407,8 +408,10 @@ def _share(alias, paths, leaves, tensors):
   for path in paths:
     entries.append(Entry(path, names, stacked, None, start))
     layer = tuple(leaves[path].shape[1 if stacked else 0 :])
-    start += layer[-1]
-  want = (start, *layer[:-1])
+    if _is_kernel(path):
+      layer = (layer[-1], *layer[:-1])
+    start += layer[0]
+  want = (start, *layer[1:])
   for name in names:
     if name not in tensors:
       problems.append(f"missing: {name} (for {', '.join(paths)})")

@@ -62,8 +62,10 @@ def packed_mask(
   k_segments: Int[Array, "B S"],
   k_shared: Bool[Array, "B S"] | None = None,
   offset: Int[Array, ""] | int = 0,
+  *,
+  mutual: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Bool[Array, "B T S"]:
-  """Causal mask of packed rows.
+  """Causal mask of packed rows, with groups that see each other both ways.
 
   A query at slot `offset + t` sees the keys at slots up to its own, of its own
   segment or shared; segment 0 is padding. With segments [1 1 2 2 0] and shared
@@ -75,13 +77,38 @@ def packed_mask(
     q 2      T . T . .
     q 3      T . T T .
     q 4      T . . . .   (padding: its output is never used)
+
+  `mutual` numbers the groups of queries and of keys: a query also sees later
+  keys of its own segment that have its number, unless this is 0. One segment
+  with [1 1 1 0 0] is a prefix and text ("prefix LM"), [1 1 2 3 3] are blocks
+  that see each other and all before them (see `blocks`), and the tokens of a
+  group need not be neighbours:
+
+        [1 1 1 0 0]     [1 1 2 3 3]     [0 1 0 1 0]
+    q 0  T T T . .       T T . . .       T . . . .
+    q 1  T T T . .       T T . . .       T T . T .
+    q 2  T T T . .       T T T . .       T T T . .
+    q 3  T T T T .       T T T T T       T T T T .
+    q 4  T T T T T       T T T T T       T T T T T
   """
   T, S = q_segments.shape[1], k_segments.shape[1]
   same = q_segments[:, :, None] == k_segments[:, None, :]
   if k_shared is not None:
     same = same | k_shared[:, None, :]
   causal = (jnp.arange(T) + offset)[:, None] >= jnp.arange(S)[None, :]
-  return same & (k_segments > 0)[:, None, :] & causal[None]
+  seen = causal[None]
+  if mutual is not None:
+    q_group, k_group = mutual[0][:, :, None], mutual[1][:, None, :]
+    seen = seen | ((q_group == k_group) & (q_group > 0))
+  return same & (k_segments > 0)[:, None, :] & seen
+
+
+def blocks(autoregressive: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+  """Groups of `packed_mask` for rows whose True tokens each start a block.
+
+  [F F T T F] becomes [1 1 2 3 3].
+  """
+  return jnp.cumsum(autoregressive, axis=1) + 1
 
 
 def chunked(

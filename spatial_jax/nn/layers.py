@@ -79,18 +79,49 @@ def adapted_kernel(layer: Mapping[str, Array]) -> Float[Array, "*l D E"]:
 
 
 class RMSNorm(nn.Module):
-  """Division by the root mean square, in float32, then a scale."""
+  """Division by the root mean square, in float32, then offset + scale."""
+
+  eps: float = 1e-6
+  dtype: str = "float32"
+  offset: float = 0.0  # 1: the parameter is what the factor has above one
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    init = nn.initializers.constant(1 - self.offset)
+    scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
+    scale = scale + self.offset if self.offset else scale
+    scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    return (_over_rms(x, self.eps) * scale).astype(self.dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+  """RMS norm whose scale and shift, and a gate, follow from a condition.
+
+  The gate is for what the caller adds to the residual stream. All three start
+  at zero, so that a new block adds nothing.
+  """
 
   eps: float = 1e-6
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-    return (x * scale).astype(self.dtype)
+  def __call__(
+    self, x: Float[Array, "B T D"], condition: Float[Array, "B C"]
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
+    rows = Dense(
+      3 * x.shape[-1],
+      dtype=self.dtype,
+      kernel_init=nn.initializers.zeros,
+      name="modulation",
+    )(condition)
+    scale, shift, gate = jnp.split(rows[:, None], 3, axis=-1)
+    y = _over_rms(x, self.eps) * (1 + scale.astype(jnp.float32))
+    return (y + shift.astype(jnp.float32)).astype(self.dtype), gate
+
+
+def _over_rms(x, eps):
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 class LayerNorm(nn.Module):
@@ -158,18 +189,19 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(activation(gate(x)) * up(x))."""
 
   width: int
   use_bias: bool = False
   dtype: str = "float32"
+  activation: str = "silu"
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     def dense(features, name):
       return Dense(features, self.use_bias, self.dtype, name=name)
 
-    gate = nn.silu(dense(self.width, "gate")(x))
+    gate = activation(self.activation)(dense(self.width, "gate")(x))
     return dense(x.shape[-1], "down")(gate * dense(self.width, "up")(x))
 
 
@@ -183,14 +215,27 @@ class Embed(nn.Module):
   # better read by a matrix product.
   one_hot: bool = False
   dtype: str = "float32"
+  scale: float = 1.0  # of what is read; the projection is as the table is
+  extra: int = 0  # rows of a second table "new", which the projection lacks
 
   def setup(self) -> None:
     init = nn.initializers.normal(self.std)
     self.embedding = self.param("embedding", init, (self.count, self.width))
+    if self.extra:
+      self.new = Embed(
+        self.extra, self.width, self.std, self.one_hot, self.dtype
+      )
 
   def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
     table = self.embedding.astype(self.dtype)
-    return lookup(table, ids, one_hot=self.one_hot)
+    if self.extra:
+      is_new = ids >= self.count
+      x = lookup(table, jnp.where(is_new, 0, ids), one_hot=self.one_hot)
+      new = self.new(jnp.where(is_new, ids - self.count, 0))
+      x = jnp.where(is_new[..., None], new, x)
+    else:
+      x = lookup(table, ids, one_hot=self.one_hot)
+    return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits of a tied head."""

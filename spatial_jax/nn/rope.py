@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary tables: multimodal (t, h, w) for the decoder, 2-D for the ViT.
+"""Rotary tables: 1-D and multimodal (t, h, w) for the decoder, 2-D for the ViT.
 
-Pairs are (i, i + H/2) as in the published Qwen checkpoints ("rotate half").
+Pairs are (i, i + H/2) as in the published checkpoints ("rotate half").
 All angles are float32: bfloat16 cannot tell position 256 from 257.
 
 Letters: B batch, T length, N heads, H head dim.
@@ -19,10 +19,42 @@ from spatial_jax.types import Array, Float, Int
 Rotary = tuple[Array, Array]
 
 
-def frequencies(dim: int, theta: float) -> np.ndarray:
-  """theta^(-2i/dim), in float32 steps as the published code computes them."""
+def frequencies(
+  dim: int, theta: float, scaling: Sequence[float] | None = None
+) -> np.ndarray:
+  """theta^(-2i/dim), in float32 steps as the published code computes them.
+
+  `scaling` is (factor, low, high, length) of `stretch`.
+  """
   exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-  return np.float32(1) / np.power(np.float32(theta), exponent)
+  freqs = np.float32(1) / np.power(np.float32(theta), exponent)
+  return freqs if scaling is None else stretch(freqs, *scaling)
+
+
+def stretch(
+  freqs: np.ndarray, factor: float, low: float, high: float, length: float
+) -> np.ndarray:
+  """Frequencies for more context than pre-training had, as of Llama 3.1.
+
+  Waves that turn fewer than `low` times within the `length` of pre-training
+  become `factor` times longer, those that turn more than `high` times stay as
+  they are, and between the two lies a linear mix.
+  """
+  turns = np.float32(length) * freqs / np.float32(2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+  return kept * freqs + (1 - kept) * freqs / np.float32(factor)
+
+
+def linear(
+  positions: Int[Array, "B T"],
+  head_dim: int,
+  theta: float,
+  scaling: Sequence[float] | None = None,
+) -> Rotary:
+  """cos and sin [B T H/2] for positions along the text."""
+  freqs = frequencies(head_dim, theta, scaling)[None, None]
+  angle = jnp.asarray(positions, jnp.float32)[..., None] * freqs
+  return jnp.cos(angle), jnp.sin(angle)
 
 
 def multimodal(
@@ -30,6 +62,7 @@ def multimodal(
   head_dim: int,
   theta: float,
   sections: Sequence[int],
+  scaling: Sequence[float] | None = None,
 ) -> Rotary:
   """cos and sin [B T H/2] for positions along (time, height, width).
 
@@ -46,7 +79,8 @@ def multimodal(
   # A product with a constant 0/1 matrix would round on a TPU; a static index
   # is exact, and positions need no gradient.
   ids = jnp.asarray(positions, jnp.float32)[:, axis]  # [B H/2 T]
-  angle = jnp.swapaxes(ids, 1, 2) * frequencies(head_dim, theta)[None, None]
+  freqs = frequencies(head_dim, theta, scaling)[None, None]
+  angle = jnp.swapaxes(ids, 1, 2) * freqs
   return jnp.cos(angle), jnp.sin(angle)
 
 
