@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image transformers: CLIP, SigLIP 1 and 2, DINOv2, InternViT, by variant.
+
+Papers: https://arxiv.org/abs/2103.00020 (CLIP), 2303.15343 and 2502.14786
+(SigLIP), 2304.07193 and 2309.16588 (DINOv2, registers), 2312.14238 (InternViT).
+images [B height width 3] -> patches [B h*w D] + positions, class token and
+registers in front -> L x (LayerNorm, attention, LayerNorm, MLP) -> LayerNorm
+-> patch tokens [B h*w D].
+
+Images are normalised by `data.images`. Sides that are no multiple of the patch
+lose the rest at the right and at the bottom, as in the published convolutions.
+Blocks are one scanned module: every block parameter has a leading layer axis.
+
+Departures from the papers:
+1. Blocks after `output_layer` are not computed; their parameters stay, so that
+   what was loaded can be saved.
+2. SigLIP's pooling head is only there with `pool`; `vit_keys.IGNORE` has its
+   tensors otherwise, and DINOv2's token for masked training.
+
+Letters: B batch, T tokens, D width, N heads, H head dim, L layers, R registers,
+h w patch grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax import sharding
+from spatial_jax.models.llm import remat
+from spatial_jax.nn.attention import attention
+from spatial_jax.nn.layers import (
+  Dense,
+  GatedMlp,
+  LayerNorm,
+  Mlp,
+  Scale,
+  fan_in_init,
+)
+from spatial_jax.nn.resize import resize
+from spatial_jax.types import Array, Float
+
+Out = dict[str, Any]
+
+
+def _size(width, layers, heads, mlp, patch, image, **more):
+  return {
+    "width": width,
+    "layers": layers,
+    "heads": heads,
+    "mlp": mlp,
+    "patch": patch,
+    "image": image,
+    **more,
+  }
+
+
+_CLIP = {
+  "class_token": True,
+  "class_position": True,
+  "patch_bias": False,
+  "pre_norm": True,
+  "activation": "quick_gelu",
+  "eps": 1e-5,
+  "final_norm": "kept",
+}
+_SIGLIP = {"activation": "gelu_tanh"}
+_DINO = {"class_token": True, "class_position": True, "layer_scale": True}
+_REGISTERS = {**_DINO, "registers": 4, "resample": "antialias"}
+_GIANT = {"gated": True}
+
+_SO400M = (1152, 27, 16, 4304)
+_LARGE = (1024, 24, 16, 4096)
+# width, layers, heads, mlp, patch, image side before patches
+VARIANTS = {
+  "clip-b-32": _size(768, 12, 12, 3072, 32, 224, **_CLIP),
+  "clip-b-16": _size(768, 12, 12, 3072, 16, 224, **_CLIP),
+  "clip-l-14": _size(*_LARGE, 14, 224, **_CLIP),
+  # Readers of CLIP take the penultimate block, which has no norm after it.
+  "clip-l-14-336": _size(*_LARGE, 14, 336, **_CLIP, output_layer=-2),
+  "siglip-b-16-224": _size(768, 12, 12, 3072, 16, 224, **_SIGLIP),
+  "siglip-l-16-384": _size(*_LARGE, 16, 384, **_SIGLIP),
+  # Also PaliGemma's and pi0's tower.
+  "siglip-so400m-14-224": _size(*_SO400M, 14, 224, **_SIGLIP),
+  "siglip-so400m-14-384": _size(*_SO400M, 14, 384, **_SIGLIP),
+  # SigLIP 2 of a fixed resolution has the same architecture.
+  "siglip2-so400m-14-384": _size(*_SO400M, 14, 384, **_SIGLIP),
+  "siglip2-so400m-16-512": _size(*_SO400M, 16, 512, **_SIGLIP),
+  # The towers that were trained in timm have the exact GELU.
+  "timm-siglip-so400m-14-384": _size(*_SO400M, 14, 384),
+  "janus-siglip-l-16-384": _size(*_LARGE, 16, 384),
+  "dinov2-b-14": _size(768, 12, 12, 3072, 14, 518, **_DINO),
+  "dinov2-l-14": _size(*_LARGE, 14, 518, **_DINO),
+  "dinov2-g-14": _size(1536, 40, 24, 4096, 14, 518, **_DINO, **_GIANT),
+  "dinov2-l-14-registers": _size(*_LARGE, 14, 518, **_REGISTERS),
+  "dinov2-g-14-registers": _size(
+    1536, 40, 24, 4096, 14, 518, **_REGISTERS, **_GIANT
+  ),
+  "internvit-300m-448": _size(*_LARGE, 14, 448, **_DINO, final_norm="none"),
+  # OpenVLA reads the penultimate block of both towers, without a norm.
+  "openvla-dinov2": _size(
+    *_LARGE,
+    14,
+    224,
+    class_token=True,
+    registers=4,
+    layer_scale=True,
+    resample="antialias",
+    final_norm="kept",
+    output_layer=-2,
+  ),
+  "openvla-siglip": _size(
+    *_SO400M, 14, 224, final_norm="kept", output_layer=-2
+  ),
+}
+
+
+class Attention(nn.Module):
+  """Bidirectional self-attention with biases."""
+
+  heads: int
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    B, T, D = x.shape
+
+    def project(name):
+      y = Dense(D, dtype=self.dtype, name=name)(x)
+      y = y.reshape(B, T, self.heads, D // self.heads)
+      return sharding.constrain(y, "batch patches act_heads head_dim")
+
+    y = attention(project("query"), project("key"), project("value"))
+    return Dense(D, dtype=self.dtype, name="out")(y.reshape(B, T, D))
+
+
+class Block(nn.Module):
+  """One layer, shaped for a scan: (x, None) -> (x, x)."""
+
+  heads: int
+  mlp: int
+  activation: str = "gelu"
+  gated: bool = False
+  layer_scale: bool = False
+  eps: float = 1e-6
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    y = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
+    y = Attention(self.heads, self.dtype, name="attention")(y)
+    x = self._add(x, y, "attention_scale")
+    y = LayerNorm(self.eps, self.dtype, name="mlp_norm")(x)
+    if self.gated:
+      y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
+    else:
+      y = Mlp(self.mlp, self.activation, dtype=self.dtype, name="mlp")(y)
+    x = self._add(x, y, "mlp_scale")
+    return x, x
+
+  def _add(self, x, y, name):
+    if self.layer_scale:
+      y = Scale(dtype=self.dtype, name=name)(y)
+    return sharding.constrain(x + y, "batch patches act_embed")
+
+
+class Embedding(nn.Module):
+  """A learned table that is read as a whole."""
+
+  rows: int
+  width: int
+
+  @nn.compact
+  def __call__(self) -> Float[Array, "rows D"]:
+    init = nn.initializers.normal(0.02)
+    return self.param("embedding", init, (self.rows, self.width))
+
+
+class PatchEmbed(nn.Module):
+  """Convolution whose stride is its size, as a matrix product."""
+
+  features: int
+  patch: int
+  use_bias: bool = True
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "B height width C"]
+  ) -> Float[Array, "B h w D"]:
+    B, height, width, C = images.shape
+    p, h, w = self.patch, height // self.patch, width // self.patch
+    x = images[:, : h * p, : w * p].reshape(B, h, p, w, p, C)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B * h * w, p * p * C)
+    # Stored as a convolution, so that the published tensor maps onto it.
+    kernel = self.param("kernel", fan_in_init, (p, p, C, self.features))
+    kernel = kernel.reshape(-1, self.features).astype(self.dtype)
+    y = x.astype(self.dtype) @ kernel
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)[None]
+    return y.reshape(B, h, w, self.features)
+
+
+class Pool(nn.Module):
+  """SigLIP's pooling head: a learned query attends to all tokens."""
+
+  heads: int
+  mlp: int
+  activation: str
+  eps: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    B, _, D = x.shape
+    latent = Embedding(1, D, name="latent")().astype(self.dtype)
+
+    def project(y, name):
+      y = Dense(D, dtype=self.dtype, name=name)(y)
+      return y.reshape(*y.shape[:-1], self.heads, D // self.heads)
+
+    query = jnp.broadcast_to(latent[None], (B, 1, D))
+    y = attention(
+      project(query, "query"), project(x, "key"), project(x, "value")
+    )
+    y = Dense(D, dtype=self.dtype, name="out")(y.reshape(B, D))
+    z = LayerNorm(self.eps, self.dtype, name="norm")(y)
+    return y + Mlp(self.mlp, self.activation, dtype=self.dtype, name="mlp")(z)
+
+
+class Model(nn.Module):
+  """Vision tower; `VARIANTS` has the arguments of the published ones."""
+
+  width: int
+  layers: int
+  heads: int
+  mlp: int
+  patch: int
+  image: int  # side in pixels that the table of positions was trained for
+  class_token: bool = False
+  registers: int = 0
+  class_position: bool = False  # the table's first row is the class token's
+  patch_bias: bool = True
+  pre_norm: bool = False
+  activation: str = "gelu"
+  gated: bool = False  # SwiGLU instead of the plain MLP
+  layer_scale: bool = False
+  eps: float = 1e-6
+  output_layer: int = -1  # the last block to compute; -2 is the one before
+  final_norm: str = "applied"  # or "kept", but not applied, or "none"
+  pool: bool = False
+  # How other image sizes get their positions. All are cubic: "bicubic" and
+  # "antialias" to the new size, "offset" at (size + 0.1) / old size, which is
+  # what DINOv2 without registers was trained and first published with.
+  resample: str = "bicubic"
+  dtype: str = "float32"
+  remat: str = "none"
+  unroll: int = 1
+
+  @property
+  def prefix(self) -> int:
+    """Tokens in front of the patches: the class token and registers."""
+    return int(self.class_token) + self.registers
+
+  @property
+  def side(self) -> int:
+    """Side of the table of positions, in patches."""
+    return self.image // self.patch
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "B height width 3"]
+  ) -> tuple[Float[Array, "B patches D"], Out]:
+    """Patch tokens, row by row, and intermediates.
+
+    `out` holds "vit/embedded" [B T D] (what the first block reads),
+    "vit/blocks" [L B T D] (the residual stream after each block that is
+    computed), "vit/tokens" [B T D] and, with `pool`, "vit/pooled" [B D]. T
+    counts the class token, the registers and the patches, in this order.
+    """
+    x, out = self._embed(images), {}
+    out["vit/embedded"] = x
+    x, out["vit/blocks"] = self._blocks(x)
+    if self.final_norm != "none":
+      # Computed only where it is used, but its parameters are always there.
+      normed = LayerNorm(self.eps, self.dtype, name="norm")(x)
+      x = normed if self.final_norm == "applied" else x
+    out["vit/tokens"] = x
+    if self.pool:
+      head = Pool(
+        self.heads, self.mlp, self.activation, self.eps, self.dtype, name="pool"
+      )
+      out["vit/pooled"] = head(x)
+    return x[:, self.prefix :], out
+
+  def _embed(self, images):
+    """Patches with their positions, behind the class token and registers."""
+    B, height, width, _ = images.shape
+    if min(height, width) < self.patch:
+      raise ValueError(
+        f"images of {height} x {width} pixels hold no patch of {self.patch} x "
+        f"{self.patch}; resize them (see data.images)"
+      )
+    x = PatchEmbed(
+      self.width, self.patch, self.patch_bias, self.dtype, name="patch_embed"
+    )(images)
+    rows = self.side**2 + self.class_position
+    table = Embedding(rows, self.width, name="position_embed")()
+    grid = table[self.class_position :].reshape(self.side, self.side, -1)
+    grid = self._resample(grid, *x.shape[1:3]).astype(self.dtype)
+    x = (x + grid[None]).reshape(B, -1, self.width)
+    prefix = []
+    if self.class_token:
+      token = Embedding(1, self.width, name="class_token")()
+      if self.class_position:
+        token = token + table[:1]
+      prefix.append(token)
+    if self.registers:
+      prefix.append(Embedding(self.registers, self.width, name="registers")())
+    if prefix:
+      prefix = jnp.concatenate(prefix).astype(self.dtype)
+      prefix = jnp.broadcast_to(prefix[None], (B, *prefix.shape))
+      x = jnp.concatenate([prefix, x], axis=1)
+    if self.pre_norm:
+      x = LayerNorm(self.eps, self.dtype, name="pre_norm")(x)
+    return sharding.constrain(x, "batch patches act_embed")
+
+  def _resample(self, grid, h, w):
+    kinds = ("bicubic", "antialias", "offset")
+    if self.resample not in kinds:
+      raise ValueError(
+        f"resample={self.resample!r} is unknown; use one of {', '.join(kinds)}"
+      )
+    if (h, w) == grid.shape[:2]:
+      return grid
+    scale = None
+    if self.resample == "offset":
+      scale = ((h + 0.1) / self.side, (w + 0.1) / self.side)
+    antialias = self.resample == "antialias"
+    return resize(grid, (h, w), "bicubic", antialias=antialias, scale=scale)
+
+  def _blocks(self, x):
+    count = self.layers + 1 + self.output_layer
+    if not 0 < count <= self.layers or self.output_layer >= 0:
+      raise ValueError(
+        f"output_layer={self.output_layer} is none of -1 to -{self.layers}, "
+        f"counted from the last of {self.layers} blocks"
+      )
+    if self.is_initializing():
+      count = self.layers
+    blocks = nn.scan(
+      remat(Block, self.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=count,
+      unroll=self.unroll,
+    )
+    if count < self.layers:
+      blocks = nn.map_variables(
+        blocks, "params", lambda tree: jax.tree.map(lambda p: p[:count], tree)
+      )
+    return blocks(
+      self.heads,
+      self.mlp,
+      self.activation,
+      self.gated,
+      self.layer_scale,
+      self.eps,
+      self.dtype,
+      name="blocks",
+    )(x, None)
