@@ -180,12 +180,14 @@ class Mlp(nn.Module):
   activation: str = "gelu"
   use_bias: bool = True
   dtype: str = "float32"
+  out_width: int = 0  # 0: that of the input
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
     y = Dense(self.width, self.use_bias, self.dtype, name="up")(x)
     y = activation(self.activation)(y)
-    return Dense(x.shape[-1], self.use_bias, self.dtype, name="down")(y)
+    width = self.out_width or x.shape[-1]
+    return Dense(width, self.use_bias, self.dtype, name="down")(y)
 
 
 class GatedMlp(nn.Module):
@@ -195,14 +197,16 @@ class GatedMlp(nn.Module):
   use_bias: bool = False
   dtype: str = "float32"
   activation: str = "silu"
+  out_width: int = 0  # 0: that of the input
 
   @nn.compact
-  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
     def dense(features, name):
       return Dense(features, self.use_bias, self.dtype, name=name)
 
     gate = activation(self.activation)(dense(self.width, "gate")(x))
-    return dense(x.shape[-1], "down")(gate * dense(self.width, "up")(x))
+    width = self.out_width or x.shape[-1]
+    return dense(width, "down")(gate * dense(self.width, "up")(x))
 
 
 class Embed(nn.Module):
