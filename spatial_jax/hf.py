@@ -10,6 +10,10 @@ A table is a tuple of rows `(name, path)` or `(name, path, special)`:
   first axis (a fused query, key and value).
 * `special`: a `Tied` head, or a `Custom` pair of functions.
 
+Several rows for one parameter are namings that no alias can express, such as
+three linear layers or a fused one: the checkpoint decides which is read, the
+first is written.
+
 There is no column for transposes. The leading (out, in) axes of a tensor that
 becomes a `kernel` move to its end as (in, out), which covers linear layers and
 convolutions of any rank; then, as everything else, it is reshaped.
@@ -95,7 +99,7 @@ def plan(
   """
   leaves = trees.flatten(params)
   entries, used, wrong, filled = [], set(), [], set()
-  for names, path, *special in table:
+  for names, path, *special in _rows(table, tensors):
     special = special[0] if special else None
     alias = _choose(names, tensors)
     if not isinstance(path, str):
@@ -209,7 +213,7 @@ def save(
     shard_bytes: largest size of one file.
   """
   leaves = trees.flatten(params)
-  rows = [row for row in table if _paths(row[1])[0] in leaves]
+  rows = [row for row in _rows(table) if _paths(row[1])[0] in leaves]
   known = {path for row in rows for path in _paths(row[1])}
   lost = [
     path
@@ -421,6 +425,27 @@ def _share(alias, paths, leaves, tensors):
         f"together fill {list(want)}"
       )
   return entries, problems
+
+
+def _rows(table, tensors=None):
+  """One row for each parameter: the first that has a tensor, or the first."""
+  rows = tuple(table)
+
+  def is_there(row):
+    names = _aliases(row[0])
+    if len(row) > 2 and isinstance(row[2], Tied):
+      names = (*names, *_aliases(row[2].source))
+    return any(name.replace("{i}", "0") in tensors for name in names)
+
+  there = [tensors is None or is_there(row) for row in rows]
+  taken, kept = set(), set()
+  for wanted in (True, False):
+    for number, row in enumerate(rows):
+      paths = _paths(row[1])
+      if there[number] == wanted and taken.isdisjoint(paths):
+        taken.update(paths)
+        kept.add(number)
+  return [row for number, row in enumerate(rows) if number in kept]
 
 
 def _paths(path):
