@@ -17,8 +17,8 @@ Departures from the papers:
 2. SigLIP's pooling head is only there with `pool`; `vit_keys.IGNORE` has its
    tensors otherwise, and DINOv2's token for masked training.
 
-Letters: B batch, T tokens, D width, N heads, H head dim, L layers, R registers,
-h w patch grid.
+Letters: B batch, T tokens, D width, L layers, R layers that are read, h w patch
+grid, C channels.
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, shaped for a scan: (x, None) -> (x, x)."""
+  """One layer, shaped for a scan: ((x, kept), index) -> ((x, kept), x).
+
+  `kept` has, for each number in `read`, the output of the block of this index.
+  """
 
   heads: int
   mlp: int
@@ -147,9 +150,11 @@ class Block(nn.Module):
   layer_scale: bool = False
   eps: float = 1e-6
   dtype: str = "float32"
+  read: tuple[int, ...] = ()
 
   @nn.compact
-  def __call__(self, x, _=None):
+  def __call__(self, carry, index):
+    x, kept = carry
     y = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
     y = Attention(self.heads, self.dtype, name="attention")(y)
     x = self._add(x, y, "attention_scale")
@@ -159,7 +164,11 @@ class Block(nn.Module):
     else:
       y = Mlp(self.mlp, self.activation, dtype=self.dtype, name="mlp")(y)
     x = self._add(x, y, "mlp_scale")
-    return x, x
+    kept = tuple(
+      jnp.where(index == number, x, old)
+      for number, old in zip(self.read, kept, strict=True)
+    )
+    return (x, kept), x
 
   def _add(self, x, y, name):
     if self.layer_scale:
@@ -251,6 +260,9 @@ class Model(nn.Module):
   layer_scale: bool = False
   eps: float = 1e-6
   output_layer: int = -1  # the last block to compute; -2 is the one before
+  # Blocks, from 0 on, whose outputs are wanted as "vit/read": at inference they
+  # need less memory than the outputs of all.
+  read: tuple[int, ...] = ()
   final_norm: str = "applied"  # or "kept", but not applied, or "none"
   pool: bool = False
   # How other image sizes get their positions. All are cubic: "bicubic" and
@@ -279,12 +291,15 @@ class Model(nn.Module):
 
     `out` holds "vit/embedded" [B T D] (what the first block reads),
     "vit/blocks" [L B T D] (the residual stream after each block that is
-    computed), "vit/tokens" [B T D] and, with `pool`, "vit/pooled" [B D]. T
-    counts the class token, the registers and the patches, in this order.
+    computed) and "vit/tokens" [B T D]; with `read` also "vit/read" [R B T D],
+    its blocks alone; with `pool` "vit/pooled" [B D]. T counts the class token,
+    the registers and the patches, in this order.
     """
     x, out = self._embed(images), {}
     out["vit/embedded"] = x
-    x, out["vit/blocks"] = self._blocks(x)
+    (x, kept), out["vit/blocks"] = self._blocks(x)
+    if self.read:
+      out["vit/read"] = jnp.stack(kept)
     if self.final_norm != "none":
       # Computed only where it is used, but its parameters are always there.
       normed = LayerNorm(self.eps, self.dtype, name="norm")(x)
@@ -350,6 +365,11 @@ class Model(nn.Module):
         f"output_layer={self.output_layer} is none of -1 to -{self.layers}, "
         f"counted from the last of {self.layers} blocks"
       )
+    if any(not 0 <= number < count for number in self.read):
+      raise ValueError(
+        f"read={self.read} asks for blocks that are not computed; they are 0 "
+        f"to {count - 1}"
+      )
     if self.is_initializing():
       count = self.layers
     blocks = nn.scan(
@@ -371,5 +391,6 @@ class Model(nn.Module):
       self.layer_scale,
       self.eps,
       self.dtype,
+      self.read,
       name="blocks",
-    )(x, None)
+    )((x, (jnp.zeros_like(x),) * len(self.read)), jnp.arange(count))

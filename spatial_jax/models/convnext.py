@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ConvNeXt, as the trunk of CLIP: an image pyramid of convolutions.
+
+Paper: https://arxiv.org/abs/2201.03545. Weights: the `visual.trunk.*` tensors
+of laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup.
+images [B height width 3] -> 4x4 patches, LayerNorm -> four stages (halve,
+blocks of 7x7 depthwise convolution, LayerNorm, MLP) -> grid [B h w D].
+
+The blocks of a stage are one scanned module: their parameters have a leading
+layer axis. Grids are channel-last, so that norms and MLPs need no transposes.
+
+Letters: B batch, D channels of a stage, h w grid of a stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax import hf, sharding
+from spatial_jax.models.llm import remat
+from spatial_jax.nn.layers import LayerNorm, Mlp, Scale, fan_in_init
+from spatial_jax.nn.resize import resize
+from spatial_jax.types import Array, Float
+
+Out = dict[str, Any]
+
+VARIANTS = {
+  "base": {"widths": (128, 256, 512, 1024), "depths": (3, 3, 27, 3)},
+  "large": {"widths": (192, 384, 768, 1536), "depths": (3, 3, 27, 3)},
+  "xxlarge": {
+    "widths": (384, 768, 1536, 3072),
+    "depths": (3, 4, 30, 3),
+    "eps": 1e-5,
+  },
+}
+
+
+def _both(theirs, ours, leaf="kernel"):
+  return (
+    (f"{theirs}.weight", f"{ours}/{leaf}"),
+    (f"{theirs}.bias", f"{ours}/bias"),
+  )
+
+
+# timm's names.
+KEYS = (
+  *_both("stem.0", "stem"),
+  *_both("stem.1", "stem_norm", "scale"),
+  *(
+    row
+    for stage in range(4)
+    for row in hf.nest(
+      (
+        *_both("downsample.0", "downsample_norm", "scale"),
+        *_both("downsample.1", "downsample"),
+        ("blocks.{i}.gamma", "blocks/mlp_scale/scale"),
+        *_both("blocks.{i}.conv_dw", "blocks/depthwise"),
+        *_both("blocks.{i}.norm", "blocks/norm", "scale"),
+        *_both("blocks.{i}.mlp.fc1", "blocks/mlp/up"),
+        *_both("blocks.{i}.mlp.fc2", "blocks/mlp/down"),
+      ),
+      f"stages.{stage}.",
+      f"stage{stage}/",
+    )
+  ),
+  *_both("head.norm", "norm", "scale"),
+)
+
+
+class Convolution(nn.Module):
+  """2-D convolution of channel-last grids."""
+
+  features: int
+  size: int
+  stride: int = 1
+  padding: int = 0
+  groups: int = 1
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x D"]:
+    shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+    kernel = self.param("kernel", fan_in_init, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      [(self.padding, self.padding)] * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=self.groups,
+    )
+    return y + bias.astype(self.dtype)[None, None, None]
+
+
+class Block(nn.Module):
+  """One layer, shaped for a scan: (x, None) -> (x, None)."""
+
+  eps: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    D = x.shape[-1]
+    y = Convolution(
+      D, 7, padding=3, groups=D, dtype=self.dtype, name="depthwise"
+    )(x)
+    y = LayerNorm(self.eps, self.dtype, name="norm")(y)
+    y = Mlp(4 * D, dtype=self.dtype, name="mlp")(y)
+    y = Scale(1e-6, self.dtype, name="mlp_scale")(y)
+    return sharding.constrain(x + y, "batch patches patches act_embed"), None
+
+
+class Stage(nn.Module):
+  """Blocks of one width, behind a halving of the grid except in the first."""
+
+  width: int
+  depth: int
+  is_first: bool
+  eps: float
+  dtype: str
+  remat: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B y x D"]:
+    if not self.is_first:
+      x = LayerNorm(self.eps, self.dtype, name="downsample_norm")(x)
+      x = Convolution(self.width, 2, 2, dtype=self.dtype, name="downsample")(x)
+    blocks = nn.scan(
+      remat(Block, self.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.depth,
+    )
+    return blocks(self.eps, self.dtype, name="blocks")(x, None)[0]
+
+
+class Model(nn.Module):
+  """The four stages; `VARIANTS` has the published sizes."""
+
+  widths: tuple[int, ...]
+  depths: tuple[int, ...]
+  eps: float = 1e-6
+  dtype: str = "float32"
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "B height width 3"]
+  ) -> tuple[Float[Array, "B h w D"], Out]:
+    """Grid of the last stage and intermediates.
+
+    `out` holds "convnext/stage0" to "convnext/stage3", the grid after each
+    stage (1/4, 1/8, 1/16 and 1/32 of the image), and "convnext/pooled" [B D],
+    the normalised mean of the last one, which CLIP's head reads.
+    """
+    smallest = 4 * 2 ** (len(self.depths) - 1)
+    if min(images.shape[1:3]) < smallest:
+      raise ValueError(
+        f"images of {images.shape[1]} x {images.shape[2]} pixels vanish in the "
+        f"stages; their sides must be at least {smallest}"
+      )
+    out = {}
+    x = Convolution(self.widths[0], 4, 4, dtype=self.dtype, name="stem")(images)
+    x = LayerNorm(self.eps, self.dtype, name="stem_norm")(x)
+    for i, (width, depth) in enumerate(
+      zip(self.widths, self.depths, strict=True)
+    ):
+      x = Stage(
+        width,
+        depth,
+        i == 0,
+        self.eps,
+        self.dtype,
+        self.remat,
+        name=f"stage{i}",
+      )(x)
+      out[f"convnext/stage{i}"] = x
+    norm = LayerNorm(self.eps, self.dtype, name="norm")
+    out["convnext/pooled"] = norm(jnp.mean(x, axis=(1, 2)))
+    return x, out
+
+
+def multi_stage(out: Out, side: int) -> Float[Array, "B tokens channels"]:
+  """All stages as one grid of side x side tokens, as Cambrian-1 reads them.
+
+  Every stage is resampled bilinearly, also when shrinking, without a low-pass
+  filter; channels follow each other from the first stage to the last.
+  """
+  stages = [out[name] for name in sorted(out) if "/stage" in name]
+  grids = [resize(x, (side, side)) for x in stages]
+  grid = jnp.concatenate(grids, axis=-1)
+  return grid.reshape(grid.shape[0], side * side, -1)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Molmo2's vision: SigLIP 2 without its last blocks, and a pooling connector.
+
+Paper: https://arxiv.org/abs/2601.10611. Weights: `model.vision_backbone.*` of
+allenai/Molmo2-4B and -8B.
+images [B F height width 3] -> vit -> two blocks' outputs side by side
+[B P C] -> the patches of each token [B Q S C] -> attention of their mean to
+them -> SwiGLU -> [B Q out_width].
+
+Departures from the paper:
+1. Pixels come as images, not as rows of patches; `data.images.molmo2_frames`
+   makes them, `data.images.pooling` the numbers of each token's patches.
+2. Tokens without patches are zeros and stay where they are, so that shapes are
+   static; `out["vit/valid_mask"]` tells them.
+
+Letters: B batch, F frames or crops, P patches of all frames, Q tokens,
+S patches of a token, C channels, D width, E out width, T tokens of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax import hf
+from spatial_jax.models import vit
+from spatial_jax.nn.attention import attention
+from spatial_jax.nn.layers import Dense, GatedMlp
+from spatial_jax.types import Array, Bool, Float, Int
+
+Out = dict[str, Any]
+
+VIT = {
+  "width": 1152,
+  "layers": 25,  # of 27: no later one is read
+  "heads": 16,
+  "mlp": 4304,
+  "patch": 14,
+  "image": 378,
+  "activation": "gelu_tanh",
+  "final_norm": "none",
+}
+
+
+def _variant(mlp, out_width):
+  return {
+    "vit": VIT,
+    "read": (24, 18),
+    "width": 1152,
+    "heads": 16,
+    "mlp": mlp,
+    "out_width": out_width,
+  }
+
+
+VARIANTS = {"4b": _variant(9728, 2560), "8b": _variant(12288, 4096)}
+
+# Published as a linear layer of flattened (y, x, channel) patches.
+_FLAT = hf.Custom(lambda x: x.T, lambda x: x.reshape(-1, x.shape[-1]).T)
+
+
+def _rows(theirs, new, ours, *kinds):
+  """Rows of both releases: the published files, and transformers from 5 on."""
+  leaves = {"weight": "kernel", "scale": "scale", "bias": "bias"}
+  return tuple(
+    (
+      tuple(
+        f"{name}.{'weight' if kind == 'scale' else kind}"
+        for name in (theirs, new)
+      ),
+      f"{ours}/{leaves[kind]}",
+    )
+    for kind in kinds
+  )
+
+
+def _block(theirs, new, ours, *kinds):
+  return _rows(
+    f"vision_backbone.image_vit.transformer.resblocks.{{i}}.{theirs}",
+    f"vision_tower.layers.{{i}}.{new}",
+    f"vit/blocks/{ours}",
+    *kinds,
+  )
+
+
+def _attention(place, prefixes, path):
+  """The four projections of an attention layer, in both releases."""
+  return tuple(
+    row
+    for theirs, new, ours in (
+      ("wq", "q_proj", "query"),
+      ("wk", "k_proj", "key"),
+      ("wv", "v_proj", "value"),
+      ("wo", "o_proj", "out"),
+    )
+    for row in place(
+      f"{prefixes[0]}.{theirs}",
+      f"{prefixes[1]}.{new}",
+      f"{path}/{ours}",
+      "weight",
+      "bias",
+    )
+  )
+
+
+_TOWER = ("vision_backbone.image_vit.", "vision_tower.")
+_JOIN = ("vision_backbone.image_", "multi_modal_projector.image_")
+# Names below "model." of a checkpoint.
+KEYS = (
+  (
+    tuple(f"{name}patch_embedding.weight" for name in _TOWER),
+    "vit/patch_embed/kernel",
+    _FLAT,
+  ),
+  *hf.nest(
+    (
+      ("patch_embedding.bias", "patch_embed/bias"),
+      ("positional_embedding", "position_embed/embedding"),
+    ),
+    _TOWER,
+    "vit/",
+  ),
+  *_block("attention_norm", "layer_norm1", "attention_norm", "scale", "bias"),
+  *_attention(_block, ("attention", "self_attn"), "attention"),
+  *_block("ffn_norm", "layer_norm2", "mlp_norm", "scale", "bias"),
+  *_block("feed_forward.w1", "mlp.fc1", "mlp/up", "weight", "bias"),
+  *_block("feed_forward.w2", "mlp.fc2", "mlp/down", "weight", "bias"),
+  *_attention(_rows, [f"{name}pooling_2d" for name in _JOIN], "connector"),
+  *(
+    row
+    for theirs, new, ours in (
+      ("w1", "gate_proj", "gate"),
+      ("w3", "up_proj", "up"),
+      ("w2", "down_proj", "down"),
+    )
+    for row in _rows(
+      f"{_JOIN[0]}projector.{theirs}",
+      f"{_JOIN[1]}projector.{new}",
+      f"connector/mlp/{ours}",
+      "weight",
+    )
+  ),
+)
+
+
+class Connector(nn.Module):
+  """Pools the patches of each token by attention and projects the result."""
+
+  width: int
+  heads: int
+  mlp: int
+  out_width: int
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, features: Float[Array, "B P C"], pooling: Int[Array, "B Q S"]
+  ) -> tuple[Float[Array, "B Q E"], Bool[Array, "B Q"]]:
+    """Tokens, and which of them have patches.
+
+    Args:
+      pooling: numbers of each token's patches; -1 is none.
+    """
+    B, Q, S = pooling.shape
+    valid = pooling >= 0
+    index = jnp.maximum(pooling, 0).reshape(B, Q * S, 1)
+    patches = jnp.take_along_axis(features, index, axis=1)
+    patches = patches.reshape(B * Q, S, -1)
+    mask = valid.reshape(B * Q, S)
+    patches = jnp.where(mask[..., None], patches, 0)
+    count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+    mean = jnp.sum(patches, axis=1) / count.astype(patches.dtype)
+
+    def project(x, name):
+      y = Dense(self.width, dtype=self.dtype, name=name)(x)
+      return y.reshape(*y.shape[:-1], self.heads, self.width // self.heads)
+
+    y = attention(
+      project(mean[:, None], "query"),
+      project(patches, "key"),
+      project(patches, "value"),
+      mask[:, None],
+    )
+    y = Dense(self.width, dtype=self.dtype, name="out")(y.reshape(B, Q, -1))
+    y = GatedMlp(
+      self.mlp, dtype=self.dtype, out_width=self.out_width, name="mlp"
+    )(y)
+    has_any = jnp.any(valid, axis=-1)
+    return jnp.where(has_any[..., None], y, 0), has_any
+
+
+class Model(nn.Module):
+  """Tower and connector; see the module docstring."""
+
+  vit: Mapping[str, Any]
+  read: tuple[int, ...]  # blocks whose outputs are read, in this order
+  width: int
+  heads: int
+  mlp: int
+  out_width: int
+  dtype: str = "float32"
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Float[Array, "B F height width 3"],
+    pooling: Int[Array, "B Q S"],
+  ) -> tuple[Float[Array, "B Q E"], Out]:
+    """Tokens for the decoder and intermediates.
+
+    `out` holds what the tower's does ("vit/blocks" [L B*F T D] ...),
+    "vit/features" [B P C], "vit/merged" [B Q E] and "vit/valid_mask" [B Q].
+    """
+    B, F = images.shape[:2]
+    shared = {"dtype": self.dtype, "remat": self.remat}
+    tower = vit.Model(**{**shared, **self.vit}, read=self.read, name="vit")
+    _, out = tower(images.reshape(B * F, *images.shape[2:]))
+    features = jnp.concatenate([*out["vit/read"]], axis=-1)
+    features = features.reshape(B, -1, features.shape[-1])
+    out["vit/features"] = features
+    out["vit/merged"], out["vit/valid_mask"] = Connector(
+      self.width,
+      self.heads,
+      self.mlp,
+      self.out_width,
+      self.dtype,
+      name="connector",
+    )(features, pooling)
+    return out["vit/merged"], out
