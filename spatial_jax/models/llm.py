@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 / Qwen2.5 decoder: embed -> blocks (attention, gated MLP) -> logits.
+"""Decoders by variant: Llama, Vicuna, Yi, DeepSeek, Qwen2 and 3, Gemma, Molmo2.
 
-Paper: https://arxiv.org/abs/2412.15115 (Qwen2.5). Weights: Qwen/Qwen2.5-*.
-tokens -> embed [B T D] -> L x (RMSNorm, attention, RMSNorm, SwiGLU) -> RMSNorm
--> head [B T V].
+Papers: https://arxiv.org/abs/2307.09288 (Llama 2), 2407.21783 (Llama 3),
+2412.15115 (Qwen2.5), 2505.09388 (Qwen3), 2403.08295 (Gemma). Weights and names
+of tensors: see `llm_variants`.
+tokens -> embed [B T D] -> L x (RMSNorm, attention, RMSNorm, gated MLP)
+-> RMSNorm -> head [B T V].
 
 Blocks are one scanned module: every block parameter has a leading layer axis.
 
-Departures from the paper:
-1. Positions are always (t, h, w) triples; text has three equal ones, which
-   gives the one-dimensional rotary embedding of the text-only models.
-2. Rows may hold several segments and keys shared by all of them; see
-   `nn.attention.packed_mask`.
+Departures from the papers:
+1. Positions may be (t, h, w) triples, of which text has three equal ones; this
+   equals the one-dimensional rotary embedding of the text-only models.
+2. Rows may hold several segments, keys shared by all of them, and groups of
+   tokens that see each other both ways; see `nn.attention.packed_mask`.
 
 Letters: B batch, T queries, S keys, D width, N query heads, K kv heads,
-H head dim, M mlp width, V vocabulary, L layers.
+H head dim, M mlp width, V vocabulary, L layers, C condition width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from spatial_jax import sharding
+from spatial_jax import losses, sharding
+from spatial_jax.models import llm_variants
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention, chunked, packed_mask
 from spatial_jax.nn.layers import (
+  AdaptiveRMSNorm,
   Dense,
   Embed,
   GatedMlp,
@@ -40,75 +45,124 @@ from spatial_jax.types import Array, Bool, Float, Int
 Cache = dict[str, Array]
 Out = dict[str, Any]
 
-
-def _variant(width, layers, heads, kv_heads, mlp, tied, vocab):
-  return {
-    "width": width,
-    "layers": layers,
-    "heads": heads,
-    "kv_heads": kv_heads,
-    "mlp": mlp,
-    "tied": tied,
-    "vocab": vocab,
-  }
-
-
-# width, layers, heads, kv heads, mlp, tied head, vocabulary
-VARIANTS = {
-  "qwen2.5-0.5b": _variant(896, 24, 14, 2, 4864, True, 151936),
-  "qwen2.5-1.5b": _variant(1536, 28, 12, 2, 8960, True, 151936),
-  "qwen2.5-3b": _variant(2048, 36, 16, 2, 11008, True, 151936),
-  "qwen2.5-7b": _variant(3584, 28, 28, 4, 18944, False, 152064),
-  "qwen2.5-14b": _variant(5120, 48, 40, 8, 13824, False, 152064),
-  "qwen2.5-32b": _variant(5120, 64, 40, 8, 27648, False, 152064),
-  "qwen2.5-72b": _variant(8192, 80, 64, 8, 29568, False, 152064),
-}
-
-# Names below "model." of a checkpoint; the head stands outside.
-KEYS = (
-  ("embed_tokens.weight", "embed/embedding"),
-  *(
-    (f"layers.{{i}}.{theirs}", f"blocks/{ours}")
-    for theirs, ours in (
-      ("input_layernorm.weight", "attention_norm/scale"),
-      ("self_attn.q_proj.weight", "attention/query/kernel"),
-      ("self_attn.q_proj.bias", "attention/query/bias"),
-      ("self_attn.k_proj.weight", "attention/key/kernel"),
-      ("self_attn.k_proj.bias", "attention/key/bias"),
-      ("self_attn.v_proj.weight", "attention/value/kernel"),
-      ("self_attn.v_proj.bias", "attention/value/bias"),
-      ("self_attn.o_proj.weight", "attention/out/kernel"),
-      ("post_attention_layernorm.weight", "mlp_norm/scale"),
-      ("mlp.gate_proj.weight", "mlp/gate/kernel"),
-      ("mlp.up_proj.weight", "mlp/up/kernel"),
-      ("mlp.down_proj.weight", "mlp/down/kernel"),
-    )
-  ),
-  ("norm.weight", "norm/scale"),
-)
+VARIANTS = llm_variants.VARIANTS
+KEYS = llm_variants.KEYS  # below "model."; the head stands outside
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with a bias on query, key and value."""
+  """The linear layers around grouped-query attention."""
 
+  width: int
   heads: int
   kv_heads: int
   head_dim: int
+  bias: bool = True  # of query, key and value
+  qk_norm: bool = False
+  eps: float = 1e-6
+  dtype: str = "float32"
+
+  def setup(self) -> None:
+    def dense(heads):
+      return Dense(heads * self.head_dim, self.bias, self.dtype)
+
+    self.query = dense(self.heads)
+    self.key = dense(self.kv_heads)
+    self.value = dense(self.kv_heads)
+    self.out = Dense(self.width, use_bias=False, dtype=self.dtype)
+    if self.qk_norm:
+      self.query_norm = RMSNorm(self.eps, self.dtype)
+      self.key_norm = RMSNorm(self.eps, self.dtype)
+
+  def project(
+    self, x: Float[Array, "B T D"], rotary: rope.Rotary
+  ) -> tuple[Array, Array, Array]:
+    """Rotated query [B T N H] and key, and value [B T K H]."""
+
+    def heads(dense):
+      y = dense(x).reshape(*x.shape[:2], -1, self.head_dim)
+      return sharding.constrain(y, "batch length act_heads head_dim")
+
+    query, key = heads(self.query), heads(self.key)
+    if self.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    return (
+      rope.rotate(query, rotary),
+      rope.rotate(key, rotary),
+      heads(self.value),
+    )
+
+  def merge(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    """What the heads have read, as one vector per token."""
+    return self.out(y.reshape(*y.shape[:2], -1))
+
+
+class Block(nn.Module):
+  """One decoder layer, shaped for a scan: (x, ...) -> (x, (x, cache)).
+
+  `project` and `merge` are its halves before and after attention, for models
+  in which several streams attend to each other.
+  """
+
+  width: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_width: int
+  bias: bool = True
+  qk_norm: bool = False
+  activation: str = "silu"
+  norm_offset: float = 0.0
+  adaptive: bool = False
+  eps: float = 1e-6
   dtype: str = "float32"
   packing: tuple[int, int] | None = None
 
-  @nn.compact
-  def __call__(self, x, mask, rotary, cache, index):
-    B, T, D = x.shape
+  def setup(self) -> None:
+    self.attention_norm = _norm(self)
+    self.attention = Attention(
+      self.width,
+      self.heads,
+      self.kv_heads,
+      self.head_dim,
+      self.bias,
+      self.qk_norm,
+      self.eps,
+      self.dtype,
+    )
+    self.mlp_norm = _norm(self)
+    self.mlp = GatedMlp(
+      self.mlp_width, dtype=self.dtype, activation=self.activation
+    )
 
-    def project(heads, name):
-      y = Dense(heads * self.head_dim, dtype=self.dtype, name=name)(x)
-      y = y.reshape(B, T, heads, self.head_dim)
-      return sharding.constrain(y, "batch length act_heads head_dim")
+  def __call__(self, x, cache, mask, rotary, index, condition=None):
+    heads, gate = self.project(x, rotary, condition)
+    y, cache = self._attend(*heads, mask, cache, index)
+    x = self.merge(x, y, gate, condition)
+    return x, (x, cache)
 
-    query = rope.rotate(project(self.heads, "query"), rotary)
-    key = rope.rotate(project(self.kv_heads, "key"), rotary)
-    value = project(self.kv_heads, "value")
+  def project(
+    self,
+    x: Float[Array, "B T D"],
+    rotary: rope.Rotary,
+    condition: Float[Array, "B C"] | None = None,
+  ) -> tuple[tuple[Array, Array, Array], Float[Array, "B 1 D"] | None]:
+    """Query, key and value of the residual stream, and the gate for `merge`."""
+    y, gate = _normed(self.attention_norm, x, condition)
+    return self.attention.project(y, rotary), gate
+
+  def merge(
+    self,
+    x: Float[Array, "B T D"],
+    y: Float[Array, "B T N H"],
+    gate: Float[Array, "B 1 D"] | None = None,
+    condition: Float[Array, "B C"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Residual stream plus what the heads have read, plus the MLP."""
+    x = _add(x, self.attention.merge(y), gate)
+    y, gate = _normed(self.mlp_norm, x, condition)
+    return _add(x, self.mlp(y), gate)
+
+  def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
       # Every row writes the same slots; `segments` tells which are padding.
       key, value = cache = tuple(
@@ -118,46 +172,32 @@ class Attention(nn.Module):
         for old, new in zip(cache, (key, value), strict=True)
       )
     if self.packing and cache is None:
-      y = chunked(query, key, value, mask, *self.packing)
-    else:
-      y = attention(query, key, value, mask)
-    y = y.reshape(B, T, -1)
-    return Dense(D, use_bias=False, dtype=self.dtype, name="out")(y), cache
+      return chunked(query, key, value, mask, *self.packing), cache
+    return attention(query, key, value, mask), cache
 
 
-class Block(nn.Module):
-  """One decoder layer, shaped for a scan: (x, ...) -> (x, (x, cache))."""
+def _norm(module):
+  if module.adaptive:
+    return AdaptiveRMSNorm(module.eps, module.dtype)
+  return RMSNorm(module.eps, module.dtype, module.norm_offset)
 
-  heads: int
-  kv_heads: int
-  head_dim: int
-  mlp: int
-  eps: float
-  dtype: str
-  packing: tuple[int, int] | None
 
-  @nn.compact
-  def __call__(self, x, cache, mask, rotary, index):
-    y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
-    y, cache = Attention(
-      self.heads,
-      self.kv_heads,
-      self.head_dim,
-      self.dtype,
-      self.packing,
-      name="attention",
-    )(y, mask, rotary, cache, index)
-    x = sharding.constrain(x + y, "batch length act_embed")
-    y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
-    y = GatedMlp(self.mlp, dtype=self.dtype, name="mlp")(y)
-    x = sharding.constrain(x + y, "batch length act_embed")
-    return x, (x, cache)
+def _normed(norm, x, condition):
+  """Normed stream and, if the norm is adaptive, the gate of what is added."""
+  if isinstance(norm, AdaptiveRMSNorm):
+    return norm(x, condition)
+  return norm(x), None
+
+
+def _add(x, y, gate):
+  y = y if gate is None else y * gate
+  return sharding.constrain(x + y, "batch length act_embed")
 
 
 class Model(nn.Module):
   """Decoder of tokens or of embeddings that a caller has mixed."""
 
-  vocab: int
+  vocab: int  # 0: embeddings in, hidden states out
   width: int
   layers: int
   heads: int
@@ -166,8 +206,19 @@ class Model(nn.Module):
   head_dim: int = 0  # 0: width / heads
   tied: bool = True
   theta: float = 1e6
-  sections: tuple[int, ...] = (16, 24, 24)  # as published, for H = 128
+  # Of the frequencies for t, h, w in turn. As published for Qwen2.5-VL, for
+  # H = 128; None for text: only t counts.
+  sections: tuple[int, ...] | None = (16, 24, 24)
+  # (factor, low, high, length), see rope.stretch
+  rope_scaling: tuple[float, ...] | None = None
   eps: float = 1e-6
+  bias: bool = True  # of query, key and value
+  qk_norm: bool = False  # of each head, before it is rotated
+  activation: str = "silu"  # of the MLP's gate; see layers.activation
+  norm_offset: float = 0.0  # 1: scales are what the factors have above one
+  adaptive: bool = False  # norms follow a condition
+  scale_embed: bool = False  # embeddings times sqrt(width)
+  new_vocab: int = 0  # tokens after the vocabulary that are only read
   dtype: str = "float32"
   remat: str = "none"  # or "full", or a name in jax.checkpoint_policies
   unroll: int = 1  # layers per step of the scan
@@ -177,27 +228,40 @@ class Model(nn.Module):
   packing: tuple[int, int] | None = None
 
   def setup(self) -> None:
-    self.embed = Embed(
-      self.vocab, self.width, self.embed_std, self.one_hot, self.dtype
-    )
+    if self.vocab:
+      self.embed = Embed(
+        self.vocab,
+        self.width,
+        self.embed_std,
+        self.one_hot,
+        self.dtype,
+        self.width**0.5 if self.scale_embed else 1.0,
+        self.new_vocab,
+      )
     self.blocks = nn.scan(
       remat(Block, self.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, *[nn.broadcast] * 4),
       length=self.layers,
       unroll=self.unroll,
     )(
-      self.heads,
-      self.kv_heads,
-      self._head_dim,
-      self.mlp,
-      self.eps,
-      self.dtype,
-      self.packing,
+      width=self.width,
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_dim=self._head_dim,
+      mlp_width=self.mlp,
+      bias=self.bias,
+      qk_norm=self.qk_norm,
+      activation=self.activation,
+      norm_offset=self.norm_offset,
+      adaptive=self.adaptive,
+      eps=self.eps,
+      dtype=self.dtype,
+      packing=self.packing,
     )
-    self.norm = RMSNorm(self.eps, self.dtype)
-    if not self.tied:
+    self.norm = _norm(self)
+    if self.vocab and not self.tied:
       self.head = Dense(self.vocab, use_bias=False, dtype=self.dtype)
 
   @property
@@ -206,47 +270,74 @@ class Model(nn.Module):
 
   def __call__(
     self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B 3 T"],
+    tokens: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | Int[Array, "B 3 T"],
     segments: Int[Array, "B T"],
     shared: Bool[Array, "B T"] | None = None,
     cache: Cache | None = None,
     *,
+    mutual: Int[Array, "B T"] | None = None,
     embeddings: Float[Array, "B T D"] | None = None,
+    condition: Float[Array, "B C"] | None = None,
     last: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B logits V"], Out]:
     """Logits and intermediates.
+
+    Without a vocabulary, the hidden states stand for the logits.
 
     Args:
       segments: 0 is padding; tokens see their own segment only.
       shared: True for keys that every segment sees.
       cache: from `init_cache` or the `out` of the call before; the new tokens
         take its next T slots. The one to go on with is `out["cache"]`.
+      mutual: tokens of a segment with the same number above 0 see each other
+        both ways; see `nn.attention.packed_mask`.
       embeddings: read instead of the tokens' rows of the table.
+      condition: what adaptive norms follow.
       last: the only token of each row whose logits are wanted [B 1 V].
     """
     x = self.embed(tokens) if embeddings is None else embeddings
     index = 0 if cache is None else cache["index"]
+    groups = None
     if cache is None:
-      mask = packed_mask(segments, segments, shared)
+      if mutual is not None:
+        groups = mutual, mutual
+      mask = packed_mask(segments, segments, shared, mutual=groups)
       pairs = None
     else:
-      cache = _append(cache, segments, shared)
-      mask = packed_mask(segments, cache["segments"], cache["shared"], index)
+      cache = _append(cache, segments, shared, mutual)
+      if mutual is not None:
+        groups = mutual, cache["mutual"]
+      mask = packed_mask(
+        segments, cache["segments"], cache["shared"], index, mutual=groups
+      )
       pairs = cache["key"], cache["value"]
-    rotary = rope.multimodal(
-      positions, self._head_dim, self.theta, self.sections
-    )
-    out = {"llm/embedding": self.embed.embedding}
+    rotary = self._rotary(positions)
+    out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
-    x, (out["llm/blocks"], pairs) = self.blocks(x, pairs, mask, rotary, index)
+    x, (out["llm/blocks"], pairs) = self.blocks(
+      x, pairs, mask, rotary, index, condition
+    )
     if cache is not None:
       out["cache"] = {**cache, "key": pairs[0], "value": pairs[1]}
-    x = out["llm/hidden"] = self.norm(x)
+    x, _ = _normed(self.norm, x, condition)
+    out["llm/hidden"] = x
     if last is not None:
       x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    if not self.vocab:
+      return x, out
     logits = self.embed.attend(x) if self.tied else self.head(x)
     return sharding.constrain(logits, "batch length act_vocab"), out
+
+  def _rotary(self, positions):
+    options = self._head_dim, self.theta
+    if positions.ndim == 3 and self.sections is not None:
+      return rope.multimodal(
+        positions, *options, self.sections, self.rope_scaling
+      )
+    if positions.ndim == 3:
+      positions = positions[:, 0]
+    return rope.linear(positions, *options, self.rope_scaling)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Empty cache of `length` slots; needs no parameters."""
@@ -256,14 +347,17 @@ class Model(nn.Module):
       "value": jnp.zeros(shape, self.dtype),
       "segments": jnp.zeros((batch, length), jnp.int32),
       "shared": jnp.zeros((batch, length), bool),
+      "mutual": jnp.zeros((batch, length), jnp.int32),
       "index": jnp.zeros((), jnp.int32),
     }
 
 
-def _append(cache, segments, shared):
-  """Cache whose next slots belong to the given segments."""
+def _append(cache, segments, shared, mutual):
+  """Cache whose next slots belong to the given segments and groups."""
   if shared is None:
     shared = jnp.zeros(segments.shape, bool)
+  if mutual is None:
+    mutual = jnp.zeros(segments.shape, jnp.int32)
 
   def write(old, new):
     new = new.astype(old.dtype)
@@ -273,6 +367,7 @@ def _append(cache, segments, shared):
     **cache,
     "segments": write(cache["segments"], segments),
     "shared": write(cache["shared"], shared),
+    "mutual": write(cache["mutual"], mutual),
     "index": cache["index"] + segments.shape[1],
   }
 
@@ -291,6 +386,47 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
       )
   # The scan around it already prevents common subexpression elimination.
   return nn.remat(block, prevent_cse=False, policy=known)
+
+
+def place(
+  embeddings: Float[Array, "B T D"],
+  merged: Float[Array, "B M D"],
+  is_image: Bool[Array, "B T"],
+  *,
+  one_hot: bool = False,
+) -> Float[Array, "B T D"]:
+  """Writes the k-th merged token of a row at the row's k-th image token."""
+  index = jnp.cumsum(is_image, axis=1) - 1
+  index = jnp.clip(index, 0, merged.shape[1] - 1)
+  if one_hot:
+    hot = jax.nn.one_hot(index, merged.shape[1], dtype=merged.dtype)
+    image = jnp.einsum("btm,bmd->btd", hot, merged)
+  else:
+    image = jnp.take_along_axis(merged, index[..., None], axis=1)
+  return jnp.where(is_image[..., None], image, embeddings)
+
+
+def next_token(
+  params: dict,
+  logits: Float[Array, "B T V"],
+  out: Out,
+  batch: Mapping[str, Array],
+  chunks: int = 0,
+) -> tuple[Float[Array, ""], losses.Metrics]:
+  """Weighted next-token loss of what `Model` has returned.
+
+  Args:
+    params: the decoder's own.
+    batch: has labels and loss_weight [B T]; labels are shifted already.
+    chunks: parts of the length that are computed one by one; 0: all at once.
+  """
+  labels, weight = batch["labels"], batch["loss_weight"]
+  if not chunks:
+    return losses.next_token(logits, labels, weight)
+  # The whole logits are not used then, so that jit never computes them.
+  return losses.next_token_chunked(
+    out["llm/hidden"], head_kernel(params), labels, weight, chunks
+  )
 
 
 def head_kernel(params: dict) -> Float[Array, "D V"]:

@@ -181,7 +181,7 @@ class Model(nn.Module):
         share = self.vision_gradient
         merged = share * merged + jax.lax.stop_gradient((1 - share) * merged)
       is_image = (tokens == self.image_token) | (tokens == self.video_token)
-      embeddings = place(
+      embeddings = llm.place(
         embeddings, merged, is_image, one_hot=self._llm.one_hot
       )
     logits, more = self._llm(
@@ -211,24 +211,6 @@ class Model(nn.Module):
     return self._decoder(parent=None).init_cache(batch, length)
 
 
-def place(
-  embeddings: Float[Array, "B T D"],
-  merged: Float[Array, "B M D"],
-  is_image: Bool[Array, "B T"],
-  *,
-  one_hot: bool = False,
-) -> Float[Array, "B T D"]:
-  """Writes the k-th merged token of a row at the row's k-th image token."""
-  index = jnp.cumsum(is_image, axis=1) - 1
-  index = jnp.clip(index, 0, merged.shape[1] - 1)
-  if one_hot:
-    hot = jax.nn.one_hot(index, merged.shape[1], dtype=merged.dtype)
-    image = jnp.einsum("btm,bmd->btd", hot, merged)
-  else:
-    image = jnp.take_along_axis(merged, index[..., None], axis=1)
-  return jnp.where(is_image[..., None], image, embeddings)
-
-
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch; keys "layout/..." become one dict."""
   names = ("tokens", "positions", "segments", "shared", "patches")
@@ -253,15 +235,9 @@ def loss(
   logits, out = model.apply(
     {"params": params}, **arguments(batch), train=train, rngs=rngs
   )
-  labels, weight = batch["labels"], batch["loss_weight"]
-  if model.loss_chunks:
-    # The whole logits are not used then, so that jit never computes them.
-    kernel = llm.head_kernel(params["llm"])
-    value, metrics = losses.next_token_chunked(
-      out["llm/hidden"], kernel, labels, weight, model.loss_chunks
-    )
-  else:
-    value, metrics = losses.next_token(logits, labels, weight)
+  value, metrics = llm.next_token(
+    params["llm"], logits, out, batch, model.loss_chunks
+  )
   return value, (metrics, out)
 
 
