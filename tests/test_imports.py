@@ -22,13 +22,13 @@ ORDER = (
   ("sharding", "losses", "geometry"),
   ("optim", "checkpoint", "data", "metrics"),  # these know no model
   ("nn", "world"),
-  ("hf",),
-  ("models",),
+  ("hf", "lora"),
+  ("models", "peft"),
   ("system",),
   ("generate",),
   ("evaluators", "drawing"),
-  ("evaluate",),
-  ("train", "report", "answer"),
+  ("evaluate", "clouds"),
+  ("train", "report", "answer", "reconstruct"),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
@@ -36,12 +36,14 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # Data workers and question generation start without jax.
 WITHOUT_JAX = (
   "types",
+  "data.images",
   "data.pipeline",
   "data.text",
   "data.vision",
   "evaluators.qa",
   "geometry.boxes",
   "geometry.camera",
+  "geometry.resample",
   "drawing",
   "report",
   "world.cameras",

@@ -295,6 +295,7 @@ class Model(nn.Module):
     its blocks alone; with `pool` "vit/pooled" [B D]. T counts the class token,
     the registers and the patches, in this order.
     """
+    self._check(images)
     x, out = self._embed(images), {}
     out["vit/embedded"] = x
     (x, kept), out["vit/blocks"] = self._blocks(x)
@@ -312,14 +313,37 @@ class Model(nn.Module):
       out["vit/pooled"] = head(x)
     return x[:, self.prefix :], out
 
-  def _embed(self, images):
-    """Patches with their positions, behind the class token and registers."""
-    B, height, width, _ = images.shape
+  def _check(self, images):
+    height, width = images.shape[1:3]
     if min(height, width) < self.patch:
       raise ValueError(
         f"images of {height} x {width} pixels hold no patch of {self.patch} x "
         f"{self.patch}; resize them (see data.images)"
       )
+    for name, known in (
+      ("resample", ("bicubic", "antialias", "offset")),
+      ("final_norm", ("applied", "kept", "none")),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is unknown; use one of "
+          + ", ".join(known)
+        )
+    if not -self.layers <= self.output_layer < 0:
+      raise ValueError(
+        f"output_layer={self.output_layer} is none of -1 to -{self.layers}, "
+        f"counted from the last of {self.layers} blocks"
+      )
+    last = self.layers + self.output_layer
+    if any(not 0 <= number <= last for number in self.read):
+      raise ValueError(
+        f"read={self.read} asks for blocks that are not computed; they are 0 "
+        f"to {last}"
+      )
+
+  def _embed(self, images):
+    """Patches with their positions, behind the class token and registers."""
+    B = images.shape[0]
     x = PatchEmbed(
       self.width, self.patch, self.patch_bias, self.dtype, name="patch_embed"
     )(images)
@@ -345,11 +369,6 @@ class Model(nn.Module):
     return sharding.constrain(x, "batch patches act_embed")
 
   def _resample(self, grid, h, w):
-    kinds = ("bicubic", "antialias", "offset")
-    if self.resample not in kinds:
-      raise ValueError(
-        f"resample={self.resample!r} is unknown; use one of {', '.join(kinds)}"
-      )
     if (h, w) == grid.shape[:2]:
       return grid
     scale = None
@@ -360,16 +379,6 @@ class Model(nn.Module):
 
   def _blocks(self, x):
     count = self.layers + 1 + self.output_layer
-    if not 0 < count <= self.layers or self.output_layer >= 0:
-      raise ValueError(
-        f"output_layer={self.output_layer} is none of -1 to -{self.layers}, "
-        f"counted from the last of {self.layers} blocks"
-      )
-    if any(not 0 <= number < count for number in self.read):
-      raise ValueError(
-        f"read={self.read} asks for blocks that are not computed; they are 0 "
-        f"to {count - 1}"
-      )
     if self.is_initializing():
       count = self.layers
     blocks = nn.scan(
