@@ -22,6 +22,9 @@ ORDER = (
   ("sharding", "losses", "geometry"),
   ("optim", "checkpoint", "data", "metrics"),  # these know no model
   ("nn", "world"),
+  ("hf_arrays", "hf_flax", "hf_hub"),
+  ("hf_files",),
+  ("hf_plan", "hf_write"),
   ("hf", "lora"),
   ("models", "peft"),
   ("system",),
