@@ -10,7 +10,9 @@ Letters: B batch, T length, N heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,3 +101,55 @@ def rotate(x: Float[Array, "*b T N H"], rotary: Rotary) -> Array:
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return y.astype(x.dtype)
+
+
+def axial(
+  positions: Int[Array, "*b 2"],
+  head_dim: int,
+  theta: float,
+  dtype: str = "float32",
+) -> Rotary:
+  """cos and sin [*b 2 H/4]: each half of a head turns along its own axis.
+
+  Unlike with `grid`, pairs are (i, i + H/4) within a half. `dtype` is what the
+  angles and the tables are rounded to: models that were trained with angles in
+  bfloat16 know no others.
+  """
+  if head_dim % 4:
+    raise ValueError(
+      f"rotation along two axes needs a head dim that 4 divides, got {head_dim}"
+    )
+  freqs = frequencies(head_dim // 2, theta)  # [H/4]
+  freqs = jnp.expand_dims(freqs, range(positions.ndim))
+  angle = jnp.asarray(positions, jnp.float32)[..., None] * freqs
+  angle = _round(angle, dtype)
+  return _round(jnp.cos(angle), dtype), _round(jnp.sin(angle), dtype)
+
+
+def rotate_axial(x: Float[Array, "*b T N H"], rotary: Rotary) -> Array:
+  """Rotates all heads; tables are those of `axial` for the T positions.
+
+  Products and sums are rounded to the dtype of x, as the published code does.
+  """
+  T, _, H = x.shape[-3:]
+  ones = (1,) * (x.ndim - 3)
+  cos, sin = (table.reshape(*ones, T, 1, 2, H // 4) for table in rotary)
+  halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, H // 4)
+  a, b = halves[..., 0, :], halves[..., 1, :]
+
+  def product(u, v):
+    return _round(u * v, x.dtype)
+
+  y = jnp.stack(
+    [product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)],
+    axis=-2,
+  )
+  return y.reshape(x.shape).astype(x.dtype)
+
+
+def _round(x: Array, dtype: Any) -> Array:
+  """float32 numbers that `dtype` has; a pair of casts might be left out."""
+  info = jnp.finfo(dtype)
+  if info.bits >= 32:
+    return x
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -7,6 +7,6 @@ what the reference gave. Adapters hold no numbers of a case: cases of other
 sizes run as well.
 """
 
-from tests.adapters import cambrian, spatial_mllm
+from tests.adapters import cambrian, spatial_mllm, vggt
 
-ADAPTERS = {**cambrian.ADAPTERS, **spatial_mllm.ADAPTERS}
+ADAPTERS = {**cambrian.ADAPTERS, **spatial_mllm.ADAPTERS, **vggt.ADAPTERS}
