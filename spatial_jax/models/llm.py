@@ -134,10 +134,14 @@ class Block(nn.Module):
       self.mlp_width, dtype=self.dtype, activation=self.activation
     )
 
-  def __call__(self, x, cache, mask, rotary, index, condition=None):
+  def __call__(
+    self, x, cache, mask, rotary, index, condition=None, inject=None
+  ):
     heads, gate = self.project(x, rotary, condition)
     y, cache = self._attend(*heads, mask, cache, index)
     x = self.merge(x, y, gate, condition)
+    if inject is not None:
+      x = inject(x)
     return x, (x, cache)
 
   def project(
@@ -242,27 +246,32 @@ class Model(nn.Module):
       remat(Block, self.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, *[nn.broadcast] * 4),
+      in_axes=(0, *[nn.broadcast] * 4, 0),
       length=self.layers,
       unroll=self.unroll,
-    )(
-      width=self.width,
-      heads=self.heads,
-      kv_heads=self.kv_heads,
-      head_dim=self._head_dim,
-      mlp_width=self.mlp,
-      bias=self.bias,
-      qk_norm=self.qk_norm,
-      activation=self.activation,
-      norm_offset=self.norm_offset,
-      adaptive=self.adaptive,
-      eps=self.eps,
-      dtype=self.dtype,
-      packing=self.packing,
-    )
+    )(**self.block_options)
     self.norm = _norm(self)
     if self.vocab and not self.tied:
       self.head = Dense(self.vocab, use_bias=False, dtype=self.dtype)
+
+  @property
+  def block_options(self) -> dict[str, Any]:
+    """Arguments of this decoder's `Block`, for models that join streams."""
+    return {
+      "width": self.width,
+      "heads": self.heads,
+      "kv_heads": self.kv_heads,
+      "head_dim": self._head_dim,
+      "mlp_width": self.mlp,
+      "bias": self.bias,
+      "qk_norm": self.qk_norm,
+      "activation": self.activation,
+      "norm_offset": self.norm_offset,
+      "adaptive": self.adaptive,
+      "eps": self.eps,
+      "dtype": self.dtype,
+      "packing": self.packing,
+    }
 
   @property
   def _head_dim(self) -> int:
@@ -279,6 +288,7 @@ class Model(nn.Module):
     mutual: Int[Array, "B T"] | None = None,
     embeddings: Float[Array, "B T D"] | None = None,
     condition: Float[Array, "B C"] | None = None,
+    inject: jax.tree_util.Partial | None = None,
     last: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B logits V"], Out]:
     """Logits and intermediates.
@@ -294,29 +304,26 @@ class Model(nn.Module):
         both ways; see `nn.attention.packed_mask`.
       embeddings: read instead of the tokens' rows of the table.
       condition: what adaptive norms follow.
+      inject: function of the residual stream [B T D] after each block. Its
+        arguments have a leading layer axis: every block gets its own.
       last: the only token of each row whose logits are wanted [B 1 V].
     """
     x = self.embed(tokens) if embeddings is None else embeddings
-    index = 0 if cache is None else cache["index"]
-    groups = None
-    if cache is None:
-      if mutual is not None:
-        groups = mutual, mutual
-      mask = packed_mask(segments, segments, shared, mutual=groups)
-      pairs = None
-    else:
-      cache = _append(cache, segments, shared, mutual)
-      if mutual is not None:
-        groups = mutual, cache["mutual"]
-      mask = packed_mask(
-        segments, cache["segments"], cache["shared"], index, mutual=groups
-      )
+    keys = {"segments": segments, "shared": shared, "mutual": mutual}
+    index, pairs = 0, None
+    if cache is not None:
+      index = cache["index"]
+      keys = cache = _append(cache, segments, shared, mutual)
       pairs = cache["key"], cache["value"]
+    groups = None if mutual is None else (mutual, keys["mutual"])
+    mask = packed_mask(
+      segments, keys["segments"], keys["shared"], index, mutual=groups
+    )
     rotary = self._rotary(positions)
     out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
     x, (out["llm/blocks"], pairs) = self.blocks(
-      x, pairs, mask, rotary, index, condition
+      x, pairs, mask, rotary, index, condition, inject
     )
     if cache is not None:
       out["cache"] = {**cache, "key": pairs[0], "value": pairs[1]}
