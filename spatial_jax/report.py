@@ -134,10 +134,9 @@ grid-template-columns:repeat(var(--n),minmax(0,1fr))}
 vertical-align:baseline;border-radius:2px}
 .qa td{text-align:left}
 .qa th{text-align:left}
-.qa td:first-child{min-width:15rem}
+.qa td:first-child{width:46%;min-width:15rem}
 .qa ul{margin:.15rem 0 0;padding:0;list-style:none;color:var(--muted);
 font-size:.86rem;display:flex;flex-wrap:wrap;gap:0 .9rem}
-.said{white-space:nowrap}
 .right{color:var(--right)}.wrong{color:var(--wrong)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;
 font-size:.88rem;margin:0}

@@ -10,11 +10,12 @@ os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    # Collectives in one order on all devices: on few cores, threads that wait
-    # in different ones would wait for each other for ever.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
   )
 ).strip()
+# Threads of XLA. A thread that has reached a collective waits there for all
+# devices. With one thread a device, two collectives that may run in any order
+# can hold them all, each waiting for devices that the other one holds.
+os.environ["NPROC"] = "64"
 # One compilation cache per test process: child processes and later runs reuse
 # it, and two processes never write the same file.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
