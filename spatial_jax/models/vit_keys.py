@@ -11,7 +11,7 @@ as well.
 | SIGLIP | google/siglip-*, google/siglip2-*, PaliGemma, pi0, LLaVA-Video |
 | JANUS | deepseek-community/Janus-Pro-* (transformers) |
 | DINOV2, DINOV2_SWIGLU | facebook/dinov2-*, -with-registers-*; -giant |
-| TIMM | timm, open_clip's SigLIP, OpenVLA, Janus (deepseek-ai), DINOv2's own |
+| TIMM | timm, open_clip's SigLIP, deepseek-ai/Janus-Pro-*, OpenVLA, DINOv2's |
 | INTERNVIT | OpenGVLab/InternVL3-*, InternViT-300M-448px |
 | INTERNVL | OpenGVLab/InternVL3-*-hf (transformers) |
 """
@@ -138,9 +138,20 @@ DINOV2_SWIGLU = _dino(
   *_fused("mlp.weights_in", "mlp/gate", "mlp/up"),
   *_linear("mlp.weights_out", "mlp/down"),
 )
+
+
+def _scale(name):
+  """In `hf.save`'s releases 0, timm; 1, OpenVLA; 2, DINOv2's own code."""
+  return f"{name}.gamma", f"{name}.scale_factor", f"{name}.gamma"
+
+
 TIMM = (
   ("cls_token", "class_token/embedding", _LEAD),
-  (("reg_token", "register_tokens"), "registers/embedding", _LEAD),
+  (
+    ("reg_token", "reg_token", "register_tokens"),
+    "registers/embedding",
+    _LEAD,
+  ),
   ("pos_embed", "position_embed/embedding", _LEAD),
   *_linear("patch_embed.proj", "patch_embed"),
   *_layers(
@@ -148,11 +159,10 @@ TIMM = (
     *_norm("norm1", "attention_norm"),
     *_fused("attn.qkv", *_QKV),
     *_linear("attn.proj", "attention/out"),
-    # OpenVLA had to rename timm's `gamma`.
-    (("ls1.gamma", "ls1.scale_factor"), "attention_scale/scale"),
+    (_scale("ls1"), "attention_scale/scale"),
     *_norm("norm2", "mlp_norm"),
     *_mlp("mlp.fc1", "mlp.fc2"),
-    (("ls2.gamma", "ls2.scale_factor"), "mlp_scale/scale"),
+    (_scale("ls2"), "mlp_scale/scale"),
   ),
   *_norm("norm", "norm"),
   ("attn_pool.latent", "pool/latent/embedding", _LEAD),
