@@ -168,7 +168,7 @@ class Refine(nn.Module):
   radius: int
 
   @nn.compact
-  def __call__(self, carry, _, pyramid, queries, positions):
+  def __call__(self, carry, _, grids, queries, positions):
     guess, features = carry  # [B F N 2], [B F N C]
     C = features.shape[-1]
     # No gradient flows from one iteration to those before.
@@ -176,7 +176,7 @@ class Refine(nn.Module):
     near = jnp.concatenate(
       [
         correlate(features, grid, guess / 2**level, self.radius)
-        for level, grid in enumerate(pyramid)
+        for level, grid in enumerate(grids)
       ],
       axis=-1,
     )
@@ -241,14 +241,6 @@ class Tracker(nn.Module):
   ]:
     F, h, w, C = features.shape[1:]
     grid = LayerNorm(1e-5, name="map_norm")(features)
-    pyramid = [grid]
-    for _ in range(self.levels - 1):
-      pyramid.append(halve(pyramid[-1]))
-      if 0 in pyramid[-1].shape:
-        raise ValueError(
-          f"features of {h} x {w} cannot be halved {self.levels - 1} times; "
-          "use larger frames or fewer track_levels"
-        )
     at = jnp.broadcast_to(
       queries[:, None], (len(queries), F, *queries.shape[1:])
     )
@@ -270,7 +262,8 @@ class Tracker(nn.Module):
       self.radius,
       name="refine",
     )
-    (_, seen), tracks = refine((at, seen), None, pyramid, queries, positions)
+    grids = pyramid(grid, self.levels)
+    (_, seen), tracks = refine((at, seen), None, grids, queries, positions)
 
     def chance(name):
       return nn.sigmoid(_dense(1, name)(seen)[..., 0])
@@ -278,11 +271,23 @@ class Tracker(nn.Module):
     return tracks, chance("visibility"), chance("confidence")
 
 
-def halve(grid: Float[Array, "B F h w C"]) -> Float[Array, "B F y x C"]:
-  """Mean of squares of four; an odd last row or column is left out."""
-  B, F, h, w, C = grid.shape
-  grid = grid[:, :, : h // 2 * 2, : w // 2 * 2]
-  return grid.reshape(B, F, h // 2, 2, w // 2, 2, C).mean((3, 5))
+def pyramid(grid: Float[Array, "B F h w C"], levels: int) -> list[Array]:
+  """The grid, and means of four of each level for the next.
+
+  An odd last row or column is left out.
+  """
+  made = [grid]
+  for _ in range(levels - 1):
+    B, F, h, w, C = made[-1].shape
+    if min(h, w) < 2:
+      raise ValueError(
+        f"features of {grid.shape[2]} x {grid.shape[3]} cannot be halved "
+        f"{levels - 1} times; use larger frames or fewer track_levels"
+      )
+    even = made[-1][:, :, : h // 2 * 2, : w // 2 * 2]
+    even = even.reshape(B, F, h // 2, 2, w // 2, 2, C)
+    made.append(even.mean((3, 5)))
+  return made
 
 
 def correlate(

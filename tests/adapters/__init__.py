@@ -4,9 +4,12 @@
 Each module's ADAPTERS maps (system, entry) to a function of the case's folder
 and config. It returns two dictionaries of arrays: what the library gives, and
 what the reference gave. Adapters hold no numbers of a case: cases of other
-sizes run as well.
+sizes run as well. A module's TOLERANCES, where it has some, maps the same pairs
+to (regex of an output, largest absolute difference) of outputs that, as their
+case says, can't meet the usual tolerance.
 """
 
 from tests.adapters import cambrian, spatial_mllm, vggt
 
 ADAPTERS = {**cambrian.ADAPTERS, **spatial_mllm.ADAPTERS, **vggt.ADAPTERS}
+TOLERANCES = {**vggt.TOLERANCES}
