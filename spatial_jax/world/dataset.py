@@ -49,6 +49,8 @@ class World:
     frames: views of a room, from one point, clockwise.
     image_size: pixels of a square frame.
     patch_size, merge_size: of the vision tower, in pixels and patches.
+    visual_tokens: how many tokens the frames are together, in a line, for
+      models that pool patches by where they are; 0: one for each merged patch.
     text_length: tokens for questions, a multiple of `chunk`.
     chunk: tokens that no question's text crosses; see `place`.
     questions_per_room: question type -> how many to try to ask.
@@ -75,6 +77,7 @@ class World:
     text_length: int,
     chunk: int,
     questions_per_room: dict[str, int],
+    visual_tokens: int = 0,
     scene: dict | None = None,
     fov_degrees: float = 100.0,
     blind: bool = False,
@@ -92,6 +95,8 @@ class World:
     self.split, self.seed, self.rooms, self.draws = split, seed, rooms, draws
     self.frames, self.image_size = frames, image_size
     self.grid = (frames, grid, grid)
+    self.visual_tokens = visual_tokens or frames * grid * grid
+    self.has_grid = not visual_tokens
     if text_length % chunk:
       raise ValueError(
         f"data.world.text_length {text_length} is no multiple of "
@@ -153,14 +158,15 @@ class World:
     if self.blind:
       place = np.broadcast_to(np.arange(len(after)), (3, len(after)))
       return np.array(after), place
-    pads = int(np.prod(self.grid))
     ids = [
       tok.token_id("<|vision_start|>"),
-      *[tok.token_id("<|video_pad|>")] * pads,
+      *[tok.token_id("<|video_pad|>")] * self.visual_tokens,
       tok.token_id("<|vision_end|>"),
       *after,
     ]
     ids = np.array(ids, np.int32)
+    if not self.has_grid:
+      return ids, np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
     frames, height, width = self.grid
     place, _ = positions.mrope(
       ids,

@@ -3,7 +3,8 @@
 
 Runs inside the jitted step, so no image is ever stored or sent to the device.
 scene arrays + poses -> render -> patches, and per patch: the category it shows,
-the mean point of that object in the frame's axes and in the first camera's.
+the mean point of that object in the frame's axes and in the first camera's. Or
+whole images with depth, for models that lift patches to 3D.
 """
 
 from __future__ import annotations
@@ -88,11 +89,16 @@ def dense_targets(
 
 
 def make(config) -> Callable[[Batch], Batch]:
-  """Pure function batch -> batch; uses `config.data.world` and `.render`."""
+  """Pure function batch -> batch; uses `config.data.world` and `.render`.
+
+  Adds patches f32[B N C], or with `render.depth` images f32[B F h w 3], depth
+  f32[B F h w] in metres, and intrinsics of every frame f32[B F 3 3].
+  """
   world = config.data.world
   size, patch, merge = world.image_size, world.patch_size, world.merge_size
   dense = bool(config.data.render.get("dense", False))
   shadows = bool(config.data.render.get("shadows", False))
+  with_depth = bool(config.data.render.get("depth", False))
 
   def observe(batch: Batch) -> Batch:
     scene = {
@@ -113,7 +119,13 @@ def make(config) -> Callable[[Batch], Batch]:
       STD
     ).reshape(1, 1, 1, 1, 3)
     out = {k: v for k, v in batch.items() if not k.startswith("scene/")}
-    out["patches"] = patchify(image, patch, merge)
+    if with_depth:
+      camera = batch["intrinsics"][:, None]
+      shape = (*image.shape[:2], 3, 3)
+      out["intrinsics"] = jnp.broadcast_to(camera, shape)
+      out |= {"images": image, "depth": view["depth"]}
+    else:
+      out["patches"] = patchify(image, patch, merge)
     if dense:
       out |= dense_targets(batch, view, patch, merge)
     return out

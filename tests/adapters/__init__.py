@@ -9,7 +9,12 @@ to (regex of an output, largest absolute difference) of outputs that, as their
 case says, can't meet the usual tolerance.
 """
 
-from tests.adapters import cambrian, spatial_mllm, vggt
+from tests.adapters import cambrian, llava_3d, spatial_mllm, vggt
 
-ADAPTERS = {**cambrian.ADAPTERS, **spatial_mllm.ADAPTERS, **vggt.ADAPTERS}
+ADAPTERS = {
+  **cambrian.ADAPTERS,
+  **llava_3d.ADAPTERS,
+  **spatial_mllm.ADAPTERS,
+  **vggt.ADAPTERS,
+}
 TOLERANCES = {**vggt.TOLERANCES}
