@@ -24,7 +24,7 @@ SYSTEM = (
 # After questions of ScanQA; the published scores need it.
 SHORT = "Answer the question using one word or one phrase."
 IMAGE, POINT = "<image>", "<boxes>"
-Turns = Sequence[tuple[str, str | None]]  # (question, answer or None)
+Turns = Sequence[Sequence[str | None]]  # (question, answer or None)
 
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")

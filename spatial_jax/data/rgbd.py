@@ -19,7 +19,7 @@ Letters: F frames.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,10 +98,10 @@ def fit_intrinsics(
 
 
 def prepare(
-  images: Sequence[Any],
-  depths: Sequence[Any],
-  world_from_camera: Sequence[Any],
-  intrinsics: Sequence[Any],
+  images: Iterable[Any],
+  depths: Iterable[Any],
+  world_from_camera: Iterable[Any],
+  intrinsics: Iterable[Any],
   *,
   side: int = 336,
   depth_scale: float = 1000.0,

@@ -9,12 +9,13 @@ to (regex of an output, largest absolute difference) of outputs that, as their
 case says, can't meet the usual tolerance.
 """
 
-from tests.adapters import cambrian, llava_3d, spatial_mllm, vggt
+from tests.adapters import cambrian, echogen, llava_3d, spatial_mllm, vggt
 
 ADAPTERS = {
   **cambrian.ADAPTERS,
+  **echogen.ADAPTERS,
   **llava_3d.ADAPTERS,
   **spatial_mllm.ADAPTERS,
   **vggt.ADAPTERS,
 }
-TOLERANCES = {**vggt.TOLERANCES}
+TOLERANCES = {**llava_3d.TOLERANCES, **vggt.TOLERANCES}
