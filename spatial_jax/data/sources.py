@@ -55,7 +55,7 @@ class Conversations:
     self._block_end = block_end
     self._side = vision["side"]
     self._patching = {k: v for k, v in vision.items() if k != "side"}
-    self._starts = _line_starts(self._file)
+    self._starts = line_starts(self._file)
 
   def __len__(self) -> int:
     return len(self._starts)
@@ -216,7 +216,7 @@ def read_image(path: pathlib.Path):
   return image
 
 
-def _line_starts(path: pathlib.Path) -> list[tuple[int, int]]:
+def line_starts(path: pathlib.Path) -> list[tuple[int, int]]:
   """(line number, byte offset) of each line that isn't blank."""
   try:
     with path.open("rb") as handle:
