@@ -39,7 +39,7 @@ import numpy as np
 from flax import linen as nn
 
 from spatial_jax import hf, sharding
-from spatial_jax.models import dino, vggt_track
+from spatial_jax.models import dino, vggt_loss, vggt_track
 from spatial_jax.models.llm import remat
 from spatial_jax.models.vggt_heads import CAMERA_KEYS, DPT_KEYS, Camera, Dpt
 from spatial_jax.nn import rope
@@ -115,6 +115,8 @@ KEYS = (
 )
 # DINOv2's own training replaced patches by it; nothing here reads it.
 IGNORE = ("aggregator.patch_embed.mask_token",)
+
+INPUTS, arguments, loss = vggt_loss.INPUTS, vggt_loss.arguments, vggt_loss.loss
 
 
 class Pair(nn.Module):
@@ -302,7 +304,7 @@ class Model(nn.Module):
   frame_chunk: int = 8  # frames that a dense head sees at a time
   layer_scale: float = 0.01  # first value
   token_std: float = 1e-6  # of the first camera and register tokens
-  loss_weights: Mapping[str, float] | None = None
+  loss_weights: Mapping[str, float] | None = None  # of `vggt_loss.compute`
   dtype: str = "float32"
   precision: str = "autocast"
   remat: str = "none"
