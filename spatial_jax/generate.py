@@ -68,8 +68,10 @@ def generate(
   # The last valid token of each row, whichever side the padding is on.
   last = T - 1 - jnp.argmax((segments > 0)[:, ::-1], axis=1)
   segment = jnp.take_along_axis(segments, last[:, None], axis=1)  # [B 1]
-  valid = (segments > 0)[:, None]
-  position = jnp.max(jnp.where(valid, batch["positions"], 0), axis=(1, 2)) + 1
+  positions = batch["positions"]  # [B T] or [B 3 T]
+  axes = tuple(range(1, positions.ndim))
+  valid = jnp.expand_dims(segments > 0, axes[:-1])
+  position = jnp.max(jnp.where(valid, positions, 0), axis=axes) + 1
   keys = jax.random.split(
     jax.random.key(0) if key is None else key, max_new_tokens
   )
@@ -89,7 +91,9 @@ def generate(
     # Rows that have ended write tokens of segment 0, which nobody sees.
     logits, cache = call(
       tokens=state["token"][:, None],
-      positions=jnp.broadcast_to(state["position"][:, None, None], (B, 3, 1)),
+      positions=jnp.broadcast_to(
+        jnp.expand_dims(state["position"], axes), (*positions.shape[:-1], 1)
+      ),
       segments=jnp.where(state["done"][:, None], 0, segment),
       cache=state["cache"],
       last=jnp.zeros(B, jnp.int32),
