@@ -18,7 +18,6 @@ import numpy as np
 from spatial_jax.data.vision import MEAN as CLIP_MEAN
 from spatial_jax.data.vision import STD as CLIP_STD
 from spatial_jax.data.vision import resize, to_rgb
-from spatial_jax.geometry import resample
 from spatial_jax.types import Array, Float, Int, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -194,11 +193,24 @@ def molmo2_frames(
 ) -> Float[Array, "F side side 3"]:
   """Molmo2's video frames: stretched to a square, bilinear, no antialiasing."""
   height, width = frames.shape[1:3]
-  rows = resample.weights(height, side)
-  columns = resample.weights(width, side)
-  x = np.einsum("yh,fhwc->fywc", rows, frames.astype(np.float32), optimize=True)
-  x = np.einsum("xw,fywc->fyxc", columns, x, optimize=True)
-  return normalize(np.clip(np.round(x), 0, 255).astype(np.uint8))
+  above, below, down = _neighbours(height, side)
+  left, right, across = _neighbours(width, side)
+  down, across = down[:, None, None], across[:, None]
+
+  def row(index):
+    pixels = frames[:, index].astype(np.float32)
+    return pixels[:, :, left] * (1 - across) + pixels[:, :, right] * across
+
+  pixels = row(above) * (1 - down) + row(below) * down
+  return normalize(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+
+
+def _neighbours(old, new):
+  """Two old samples around each new one, and the share of the second."""
+  center = (np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new)
+  center = np.clip(center - 0.5, 0, old - 1, dtype=np.float32)
+  first = center.astype(int)
+  return first, np.minimum(first + 1, old - 1), center - first.astype("f")
 
 
 def pooling(frames: int, h: int, w: int, pool: int = 3) -> Int[Array, "Q S"]:
