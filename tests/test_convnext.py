@@ -16,7 +16,7 @@ from spatial_jax import hf, sharding, trees
 from spatial_jax.models import convnext
 from tests import manifests
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "vision"
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "cambrian" / "full_infer"
 TOLERANCE = 1e-4
 RECORDED = {"widths": (8, 12, 16, 24), "depths": (1, 1, 2, 1), "eps": 1e-5}
 
@@ -38,12 +38,12 @@ def run(model, params, images):
 
 
 def recorded(folder):
-  groups = {"weights": {}, "inputs": {}, "outputs": {}}
-  for key, value in load_file(GOLDEN / "cambrian_convnext.safetensors").items():
-    group, key = key.split("/", 1)
-    groups[group][key] = value
-  save_file(groups["weights"], folder / "model.safetensors")
-  return groups["inputs"]["pixels"], groups["outputs"]["tokens"]
+  """Pixels and features of Cambrian-1's case; weights go to a folder."""
+  weights = load_file(GOLDEN / "weights.safetensors")
+  weights = manifests.below(weights, "towers.3.")
+  save_file(weights, folder / "model.safetensors")
+  pixels = load_file(GOLDEN / "inputs.safetensors")["pixels_3"]
+  return pixels, load_file(GOLDEN / "outputs.safetensors")["tower_3_tokens"]
 
 
 def test_features_of_all_stages_equal_those_recorded_from_cambrian(tmp_path):

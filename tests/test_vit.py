@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from spatial_jax import hf, sharding, trees
 from spatial_jax.models import molmo2_vit, vit, vit_keys
+from spatial_jax.nn.resize import resize
 from tests import manifests
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "vision"
@@ -155,12 +156,28 @@ RECORDED = {
 
 def recorded(name, folder):
   """Inputs and outputs of a recording; its weights go to a folder."""
+  if name.startswith("cambrian"):
+    return of_cambrian(("siglip", "clip", "dinov2").index(name[9:]), folder)
   groups = {"weights": {}, "inputs": {}, "outputs": {}}
   for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
     group, key = key.split("/", 1)
     groups[group][key] = value
   save_file(groups["weights"], folder / "model.safetensors")
   return groups["inputs"], groups["outputs"]
+
+
+def of_cambrian(number, folder):
+  """One of the towers in the case of the whole model."""
+  case = GOLDEN.parent / "cambrian" / "full_infer"
+  weights = load_file(case / "weights.safetensors")
+  weights = manifests.below(weights, f"towers.{number}.")
+  save_file(weights, folder / "model.safetensors")
+  inputs = load_file(case / "inputs.safetensors")
+  outputs = load_file(case / "outputs.safetensors")
+  return (
+    {"pixels": inputs[f"pixels_{number}"]},
+    {"tokens": outputs[f"tower_{number}_tokens"]},
+  )
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -171,8 +188,6 @@ def test_outputs_equal_those_recorded_from_each_system(name, tmp_path):
   params = hf.load(table, tmp_path, abstract(model), ignore=vit_keys.IGNORE)
   tokens, out = run(model, params, inputs["pixels"].transpose(0, 2, 3, 1))
   if name in ("cambrian_siglip", "cambrian_dinov2"):
-    from spatial_jax.nn.resize import resize
-
     side = int(tokens.shape[1] ** 0.5)
     tokens = tokens.reshape(len(tokens), side, side, -1)
     tokens = resize(tokens, (4, 4)).reshape(len(tokens), 16, -1)
