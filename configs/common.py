@@ -77,6 +77,17 @@ def defaults() -> ConfigDict:
   # (layers, gain): the key projection starts as gain times the query's.
   config.init = ConfigDict({"match_query_key": ()})
 
+  # Low-rank adapters: ordered (regex over a linear layer's name, rank), first
+  # match wins, rank 0 is none; () is off. See spatial_jax/lora.py.
+  config.lora = ConfigDict(
+    {
+      "ranks": (),
+      "scale": 2.0,  # alpha / rank
+      "start": "kaiming",  # or "gaussian"
+      "dropout": 0.0,
+    }
+  )
+
   # Choices by parameter are ordered (regex, value) lists, first match wins.
   config.optimizer = ConfigDict(
     {
@@ -90,6 +101,9 @@ def defaults() -> ConfigDict:
       "clip": 1.0,  # global norm of the gradient; 0.0 is off
       "lr_mult": ((".*", 1.0),),
       "freeze": ((".*", False),),
+      # Parameters in bfloat16; float32 copies of the trained ones are part of
+      # the optimizer's state.
+      "master": False,
       # Fractions of config.steps: warm-up, then the peak until `constant`,
       # then decay to `final` times the peak at the last step.
       "schedule": {

@@ -7,6 +7,7 @@ where its answer is to be predicted (`loss_weight` > 0).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -51,39 +52,47 @@ def main(config: Any, workdir: str) -> list[tuple[str, str, str]]:
       f"no checkpoint in {workdir}; train first, or give the --workdir of a "
       "trained model"
     )
-  options = config.generate
-  source = workers.make(config, options.split)
-  tokenizer = source.tokenizer
   mesh = sharding.mesh(**config.mesh.to_dict())
   answers = []
   with jax.set_mesh(mesh):
     system = systems.build(config, pipeline.example(config), config.batch_size)
     params, _ = evaluate.load(workdir, system, mesh)
-    see = jax.jit(system.transform)
-    for index in range(min(options.rows, len(source))):
-      asked = prompts(source[index])
-      for first in range(0, len(asked), config.batch_size):
-        group = asked[first : first + config.batch_size]
-        rows = [row for row, _ in group]
-        rows += [rows[-1]] * (config.batch_size - len(rows))  # static shape
-        batch = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
-        tokens, lengths = generate.generate(
-          system.model,
-          params,
-          system.mod.arguments(see(batch)),
-          max_new_tokens=options.max_new_tokens,
-          stop_ids=(tokenizer.end_id,),
-          temperature=options.temperature,
-          top_p=options.top_p,
-          key=jax.random.key(config.seed),
-          pad_id=tokenizer.pad_id,
-        )
-        for (row, truth), ids, n in zip(group, tokens, lengths, strict=False):
-          prompt = row["tokens"][row["segments"] > 0]
-          text = tuple(
-            tokenizer.decode(np.asarray(x)).strip()
-            for x in (prompt, ids[: int(n)], truth)
-          )
-          answers.append(text)
-          print("\n{}\n-> {}   (truth: {})".format(*text), flush=True)
+    for text in ask(config, system, params):
+      print("\n{}\n-> {}   (truth: {})".format(*text), flush=True)
+      answers.append(text)
   return answers
+
+
+def ask(
+  config: Any, system: systems.System, params: Any
+) -> Iterator[tuple[str, str, str]]:
+  """(prompt, answer, truth) of the prompts of `config.generate.rows` rows."""
+  options = config.generate
+  source = workers.make(config, options.split)
+  tokenizer = source.tokenizer
+  see = jax.jit(system.transform)
+  rows = range(min(options.rows, len(source)))
+  # A batch is full of prompts, be they of one row or of many.
+  asked = [one for index in rows for one in prompts(source[index])]
+  for first in range(0, len(asked), config.batch_size):
+    group = asked[first : first + config.batch_size]
+    rows = [row for row, _ in group]
+    rows += [rows[-1]] * (config.batch_size - len(rows))  # static shape
+    batch = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
+    tokens, lengths = generate.generate(
+      system.model,
+      params,
+      system.mod.arguments(see(batch)),
+      max_new_tokens=options.max_new_tokens,
+      stop_ids=(tokenizer.end_id,),
+      temperature=options.temperature,
+      top_p=options.top_p,
+      key=jax.random.key(config.seed),
+      pad_id=tokenizer.pad_id,
+    )
+    for (row, truth), ids, n in zip(group, tokens, lengths, strict=False):
+      prompt = row["tokens"][row["segments"] > 0]
+      yield tuple(
+        tokenizer.decode(np.asarray(x)).strip()
+        for x in (prompt, ids[: int(n)], truth)
+      )

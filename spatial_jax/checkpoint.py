@@ -170,6 +170,23 @@ class Checkpointer:
       ),
     )
 
+  def save_params(self, step: int, params: Any, meta: Mapping[str, Any]):
+    """Saves parameters alone: what training may start from, see `is_import`."""
+    meta = {**meta, "step": step, "leaves": {"params": _manifest(params)}}
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta)
+      ),
+    )
+
+  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters of the newest checkpoint by name."""
+    steps = self.steps()
+    if not steps:
+      raise FileNotFoundError(f"no checkpoint in {self.folder}")
+    return _abstract(self._meta(steps[-1])["leaves"]["params"])
+
   def restore(self, abstract: State, data: Any) -> tuple[State, Any, Any]:
     """State, meta and data iterator of the newest sound checkpoint.
 
@@ -178,6 +195,8 @@ class Checkpointer:
       data: a fresh iterator of the same pipeline; it is moved on.
     """
     for step in reversed(self.steps()):
+      if _has_params_only(self.folder, step):
+        continue
       try:
         meta = self._meta(step)
         for item in ("params", "opt"):
@@ -228,6 +247,12 @@ class Checkpointer:
         manifest = meta["leaves"]["params"]
         names = trees.flatten(abstract)
         kept = {k: v for k, v in manifest.items() if k in names}
+        if any("/lora_" in name for name in manifest.keys() - kept.keys()):
+          raise Mismatch(
+            f"checkpoint {self._where(one)} has adapters, which would be lost: "
+            "set config.lora as it was in training, or start from its merged "
+            "export"
+          )
         _compare(kept, abstract, self._where(one))
         return self._arrays(one, "params", abstract, meta), meta
       except Mismatch:
@@ -304,6 +329,19 @@ def _short(error: Exception) -> str:
 def is_workdir(path: str) -> bool:
   """Whether `path` holds checkpoints written here."""
   return epath.Path(path, _FOLDER).is_dir()
+
+
+def is_import(path: str) -> bool:
+  """Whether the newest checkpoint is of parameters alone, as imports are."""
+  if not is_workdir(path):
+    return False
+  folder = epath.Path(path, _FOLDER)
+  steps = [int(one.name) for one in folder.iterdir() if one.name.isdigit()]
+  return bool(steps) and _has_params_only(folder, max(steps))
+
+
+def _has_params_only(folder: Any, step: int) -> bool:
+  return not epath.Path(folder, str(step), "opt").exists()
 
 
 def write_config(workdir: str, config_json: str) -> None:

@@ -36,21 +36,31 @@ def peak_flops(device_kind: str) -> float | None:
   return PEAK[max(names, key=len)] if names else None
 
 
-def model_flops(shapes: Mapping[str, Any], tokens: Mapping[str, int]) -> float:
+def model_flops(
+  shapes: Mapping[str, Any],
+  tokens: Mapping[str, int],
+  trained: Mapping[str, bool] | None = None,
+) -> float:
   """FLOPs of one training step: 6 per weight of a matrix and token.
 
-  Attention scores are left out, so the MFU made of it is a lower bound.
+  A frozen matrix counts 4 where it has an adapter, for which gradients pass
+  through it, else 2. Attention scores are left out, so the MFU made of it is a
+  lower bound.
 
   Args:
     shapes: parameters by name.
     tokens: group (first part of the name) -> tokens that pass it in a step;
       "" is for groups without an entry.
+    trained: by name, whether a parameter is trained; by default all are.
   """
   total = 0.0
   for name, leaf in shapes.items():
     if name.endswith("kernel") and len(leaf.shape) > 1:
       group = name.split("/")[0]
-      total += 6.0 * math.prod(leaf.shape) * tokens.get(group, tokens[""])
+      each = 6.0
+      if trained is not None and not trained[name]:
+        each = 4.0 if f"{name.removesuffix('kernel')}lora_a" in shapes else 2.0
+      total += each * math.prod(leaf.shape) * tokens.get(group, tokens[""])
   return total
 
 

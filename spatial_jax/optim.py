@@ -31,6 +31,13 @@ class Optimizer(NamedTuple):
   trainable: Any  # tree of bool
 
 
+class Master(NamedTuple):
+  """State of an optimizer that steps float32 copies of the parameters."""
+
+  master: Any
+  inner: Any
+
+
 def make_schedule(
   lr: float,
   steps: int,
@@ -83,6 +90,30 @@ def merge(part: Any, whole: Any) -> Any:
 
 def _is_none(x: Any) -> bool:
   return x is None
+
+
+def apply(params: Any, updates: Any, state: Any) -> Any:
+  """Parameters after a step that led to this optimizer state."""
+  if not isinstance(state, Master):
+    return optax.apply_updates(params, updates)
+  # Not by adding updates: those below half a unit of the last place are lost.
+  return jax.tree.map(lambda p, m: m.astype(p.dtype), params, state.master)
+
+
+def _with_master(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  def init(params):
+    master = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return Master(master, tx.init(master))
+
+  def update(updates, state, params=None):
+    del params
+    updates, inner = tx.update(updates, state.inner, state.master)
+    master = optax.apply_updates(state.master, updates)
+    return updates, Master(master, inner)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _scale(factors: Any) -> optax.GradientTransformation:
@@ -156,4 +187,6 @@ def make(config: ConfigDict, steps: int, params: Any) -> Optimizer:
     )
   parts.append(_scale(subset(factors, trainable)))
   parts.append(optax.scale_by_learning_rate(schedule))
-  return Optimizer(optax.chain(*parts), schedule, trainable)
+  tx = optax.chain(*parts)
+  tx = _with_master(tx) if config.master else tx
+  return Optimizer(tx, schedule, trainable)

@@ -50,7 +50,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 # Regex over the parameter's name -> logical axes of its last dimensions; first
-# match wins. A further leading dimension is the scanned layer axis.
+# match wins. A further leading dimension is the scanned layer axis. Adapters
+# lie as the kernel beside them does.
 PARAMETERS = (
   (r".*/(query|key|value|qkv)/kernel", "embed heads"),
   (r".*/(query|key|value|qkv)/bias", "heads"),
@@ -63,6 +64,7 @@ PARAMETERS = (
   (r"(.*/)?embedding", "vocab none"),
   (r"(.*/)?(bias|scale)", "none"),
 )
+_ADAPTER = re.compile(r"lora_(a|b|scale)$")
 
 
 def mesh(
@@ -158,19 +160,27 @@ def check_batch(on: Mesh, batch_size: int, accumulate: int = 1) -> None:
     )
 
 
+def _kernel(name: str) -> str:
+  return _ADAPTER.sub("kernel", name)
+
+
 def parameters(shapes: Any, on: Mesh) -> Any:
   """NamedSharding of every parameter; a name without a rule is an error."""
-  names = trees.flatten(shapes)
+  names = {_kernel(name): x for name, x in trees.flatten(shapes).items()}
   # Rows for other models' names are no mistake here: only missing ones are.
   rows = [
     row
     for row in PARAMETERS
     if any(re.fullmatch(row[0], name) for name in names)
   ]
-  axes = trees.match(shapes, rows, "sharding.PARAMETERS")
+  axes = trees.match(names, rows, "sharding.PARAMETERS")
 
-  def place(name, leaf, words):
-    words = words.split()
+  def place(name, leaf):
+    words = axes[_kernel(name)].split()
+    if kind := _ADAPTER.search(name):
+      inner, outer = words
+      split = {"a": [inner, "none"], "b": ["none", outer], "scale": []}
+      words = split[kind.group(1)]
     extra = len(leaf.shape) - len(words)
     if extra < 0:
       raise ValueError(
@@ -183,7 +193,7 @@ def parameters(shapes: Any, on: Mesh) -> Any:
       logging.info("%s: %s not divisible, replicated", name, dropped)
     return NamedSharding(on, spec)
 
-  return trees.map_names(place, shapes, axes)
+  return trees.map_names(place, shapes)
 
 
 def infer(state: Mapping[str, Any], on: Mesh) -> dict[str, Any]:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spatial_jax import checkpoint, models, optim, trees
+from spatial_jax import checkpoint, lora, models, optim, trees
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -38,8 +37,8 @@ def build(
     for name, (shape, dtype) in example.items()
   }
   transform = _identity
-  if config.data.get("render"):
-    transform = _module("world.observe").make(config)
+  if render := config.data.get("render"):
+    transform = _module(render.get("module", "world.observe")).make(config)
   inputs = jax.eval_shape(transform, batch)
   _check(inputs, mod.INPUTS(config))
   auxiliary = None
@@ -48,74 +47,122 @@ def build(
 
   def init(key):
     zeros = {k: jnp.zeros(x.shape, x.dtype) for k, x in inputs.items()}
-    params = model.init({"params": key}, **mod.arguments(zeros))["params"]
+    with lora.linear_layers() as layers:
+      params = model.init({"params": key}, **mod.arguments(zeros))["params"]
     if config.init.match_query_key:
       match = _module("models.llm").match_query_key
       params = match(params, *config.init.match_query_key)
     if auxiliary is not None:
       key = jax.random.fold_in(key, 1)
       params = {**params, "aux": auxiliary.init(key, model, params, zeros)}
-    return params
+    if config.lora.ranks:
+      adapters = lora.init(
+        jax.random.fold_in(key, 2),
+        params,
+        layers,
+        ranks=config.lora.ranks,
+        scale=config.lora.scale,
+        start=config.lora.start,
+      )
+      params = lora.attach(params, adapters)
+    return _to_bfloat16(params) if config.optimizer.master else params
 
   def loss(params, batch, *, rngs=None, train=True):
     compute = (mod if auxiliary is None else auxiliary).loss
+    if train and config.lora.ranks and config.lora.dropout:
+      params = lora.dropout(params, rngs["dropout"], config.lora.dropout)
     return compute(model, params, batch, rngs=rngs, train=train)
 
   return System(model, mod, batch, inputs, transform, init, loss)
 
 
-def start(config: Any, system: System, abstract: Any) -> tuple[Any, str]:
+def shapes(config: Any) -> tuple[Any, Any]:
+  """Abstract parameters of a config's model, and the model's file.
+
+  Without data, auxiliary heads and adapters: what a published checkpoint holds.
+  """
+  model, mod = models.build(config)
+  inputs = mod.INPUTS(config)
+
+  def init():
+    zeros = {k: jnp.zeros(x.shape, x.dtype) for k, x in inputs.items()}
+    params = model.init(jax.random.key(0), **mod.arguments(zeros))["params"]
+    return _to_bfloat16(params) if config.optimizer.master else params
+
+  return jax.eval_shape(init), mod
+
+
+def start(
+  config: Any, system: System, abstract: Any, source: str = ""
+) -> tuple[Any, str]:
   """Parameters of a run without a checkpoint, and where they are from.
 
   Args:
     abstract: their shapes and shardings; they are born with these.
+    source: by default config.init_from.
   """
+  source = source or config.init_from
   key = jax.random.key(config.seed)
   placed = jax.tree.map(lambda x: x.sharding, abstract)
-  if not config.init_from:
+  if not source:
     return jax.jit(system.init, out_shardings=placed)(key), "fresh weights"
   fresh = jax.tree.map(lambda _: False, abstract)
-  if config.init_new:
-    rules = (*((r, True) for r in config.init_new), (".*", False))
+  new = tuple(config.init_new)
+  is_trained = checkpoint.is_workdir(source) and not checkpoint.is_import(
+    source
+  )
+  if config.lora.ranks and not is_trained:
+    new += (lora.LEAVES,)  # published weights have no adapters
+  if new:
+    rules = (*((r, True) for r in new), (".*", False))
     fresh = trees.match(abstract, rules, "config.init_new")
   old = jax.tree.map(lambda f: not f, fresh)
   wanted = optim.subset(abstract, old)
-  if checkpoint.is_workdir(config.init_from):
-    source = checkpoint.Checkpointer(config.init_from, read_only=True)
-    params, _ = source.params(wanted)
-    source.close()
+  if checkpoint.is_workdir(source):
+    saves = checkpoint.Checkpointer(source, read_only=True)
+    params, _ = saves.params(wanted)
+    saves.close()
   else:
-    params = _from_hugging_face(config, system, abstract, wanted)
-  if config.init_new:
+    params = _from_hugging_face(source, system, abstract, wanted, new)
+  if new:
     # Only the new leaves are computed: the others are dead code in this jit.
     new = jax.jit(
       lambda key: optim.subset(system.init(key), fresh),
       out_shardings=optim.subset(placed, fresh),
     )(key)
     params = optim.merge(new, params)
-  return params, f"weights of {config.init_from}"
+  return params, f"weights of {source}"
 
 
 def _from_hugging_face(
-  config: Any, system: System, abstract: Any, wanted: Any
+  source: str, system: System, abstract: Any, wanted: Any, new: tuple[str, ...]
 ) -> Any:
-  source = pathlib.Path(config.init_from)
-  if source.suffix != ".safetensors" and not any(source.glob("*.safetensors")):
-    raise FileNotFoundError(
-      f"config.init_from={config.init_from!r}: neither a workdir with "
-      "checkpoints nor a folder with *.safetensors"
+  try:
+    loaded = _module("hf").load(
+      system.mod.KEYS,
+      source,
+      abstract,
+      jax.tree.map(lambda x: x.sharding, abstract),
+      ignore=getattr(system.mod, "IGNORE", ()),
+      new=new,
     )
-  loaded = _module("hf").load(
-    system.mod.KEYS,
-    source,
-    abstract,
-    jax.tree.map(lambda x: x.sharding, abstract),
-    ignore=getattr(system.mod, "IGNORE", ()),
-    new=config.init_new,
-  )
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"config.init_from={source!r}: neither a workdir with checkpoints nor "
+      f"published weights: {error}"
+    ) from error
   flat = trees.flatten(loaded)
   leaves = [flat[name] for name in trees.flatten(wanted)]
   return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+
+def _to_bfloat16(params: Any) -> Any:
+  # All of the model, and of an adapter all but its scale.
+  def convert(name, x):
+    keep = x.dtype != jnp.float32 or name.endswith("lora_scale")
+    return x if keep else x.astype(jnp.bfloat16)
+
+  return trees.map_names(convert, params)
 
 
 def _check(inputs: Shapes, want: Shapes) -> None:

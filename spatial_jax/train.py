@@ -80,11 +80,13 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
 
   # ------------------------------------------------------------------- state
   saves = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
-  if saves.latest() is not None:
+  is_import = checkpoint.is_import(workdir)
+  if saves.latest() is not None and not is_import:
     state, _, data = saves.restore(abstract, data)
     origin = f"checkpoint {int(state['step'])} of {workdir}"
   else:
-    params, origin = systems.start(config, system, abstract["params"])
+    source = workdir if is_import else config.init_from
+    params, origin = systems.start(config, system, abstract["params"], source)
     init = jax.jit(
       lambda p: optimizer.tx.init(optim.subset(p, optimizer.trainable)),
       out_shardings=shardings["opt"],
@@ -100,7 +102,7 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     out_shardings=(shardings, None),
   )
   rows = sharding.batch_sharding(mesh)
-  count = _counter(config, system, shapes["params"])
+  count = _counter(config, system, shapes["params"], optimizer.trainable)
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
   speed = metrics.Throughput(peak and peak * jax.device_count())
 
@@ -188,23 +190,36 @@ def make_update(
 
     grads, scalars = _gradients(loss, trained, batch, key, accumulate)
     updates, opt = optimizer.tx.update(grads, state["opt"], trained)
-    trained = optax.apply_updates(trained, updates)
+    trained = optim.apply(trained, updates, opt)
     params = optim.merge(trained, state["params"])
     scalars["grad_norm"] = optax.tree.norm(grads)
     scalars["lr"] = optimizer.schedule(state["step"])
-    for name, group in params.items():
-      scalars[f"norm/{name}"] = optax.tree.norm(group)
+    for name, group in trained.items():
+      if jax.tree.leaves(group):
+        scalars[f"norm/{name}"] = optax.tree.norm(_float32(group))
     return {"params": params, "opt": opt, "step": state["step"] + 1}, scalars
 
   return update
 
 
+def _float32(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def _gradients(loss, trained, batch, key, accumulate):
-  """Gradients and metrics, over micro-batches weighted by their loss weight."""
-  grad = jax.value_and_grad(loss, has_aux=True)
+  """Float32 gradients and metrics.
+
+  Micro-batches count by their loss weight, so that the sum is the gradient of
+  the mean over all tokens of the batch.
+  """
+
+  def grad(trained, batch, key):
+    run = jax.value_and_grad(loss, has_aux=True)
+    (_, scalars), grads = run(trained, batch, key)
+    return _float32(grads), scalars
+
   if accumulate == 1:
-    (_, scalars), grads = grad(trained, batch, key)
-    return grads, scalars
+    return grad(trained, batch, key)
 
   # Strided rows: each device keeps its own share of every micro-batch.
   micro = jax.tree.map(
@@ -217,13 +232,12 @@ def _gradients(loss, trained, batch, key, accumulate):
 
   def step(total, inputs):
     index, weight, part = inputs
-    (_, scalars), grads = grad(trained, part, jax.random.fold_in(key, index))
-    part = (grads, scalars)
+    part = grad(trained, part, jax.random.fold_in(key, index))
     return jax.tree.map(lambda t, p: t + weight * p, total, part), None
 
   first = jax.tree.map(lambda x: x[0], micro)
-  (_, scalars), grads = jax.eval_shape(grad, trained, first, key)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, scalars))
+  shapes = jax.eval_shape(grad, trained, first, key)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   inputs = (jnp.arange(accumulate), weights, micro)
   (grads, scalars), _ = jax.lax.scan(step, zeros, inputs)
   return grads, scalars
@@ -251,7 +265,7 @@ def _fetch(step, scalars, waited, saves, writer, speed, config):
   return row
 
 
-def _counter(config: Any, system: systems.System, params: Any):
+def _counter(config: Any, system: systems.System, params: Any, trainable: Any):
   """host batch -> what a step does: tokens, frames, FLOPs."""
   inputs = system.inputs
   rows, length = config.batch_size, 1
@@ -260,7 +274,9 @@ def _counter(config: Any, system: systems.System, params: Any):
   passes = {"": rows * length}
   if "patches" in inputs:
     passes["vit"] = rows * inputs["patches"].shape[1]
-  flops = metrics.model_flops(trees.flatten(params), passes)
+  flops = metrics.model_flops(
+    trees.flatten(params), passes, trees.flatten(trainable)
+  )
   frames = 0
   if "world_from_camera" in system.batch:
     frames = rows * system.batch["world_from_camera"].shape[1]

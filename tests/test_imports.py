@@ -31,7 +31,7 @@ ORDER = (
   ("generate",),
   ("evaluators", "drawing"),
   ("evaluate", "clouds"),
-  ("train", "report", "answer", "reconstruct"),
+  ("train", "report", "answer", "reconstruct", "convert"),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

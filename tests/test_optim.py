@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from configs import common
-from spatial_jax import optim
+from spatial_jax import optim, trees
 
 
 def params():
@@ -155,6 +155,57 @@ def test_muon_leaves_the_rest_to_adam_at_its_own_rate():
   end = one_step(config(name="muon", lr=0.02), start, ones(start))
   moved = jnp.abs(end["llm"]["head"]["kernel"] - start["llm"]["head"]["kernel"])
   assert float(moved.max()) == pytest.approx(0.02 * 0.15, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_master_moves_where_bfloat16_stands_still(name):
+  # Near 1 bfloat16 has steps of 1/128, far more than an update of 3e-5.
+  low = jax.tree.map(lambda x: (1 + x / 8).astype(jnp.bfloat16), params())
+  high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+
+  def run(start, master):
+    c = config(name=name, lr=3e-5, weight_decay=0.1, master=master)
+    made = optim.make(c, 200, start)
+
+    def step(state, key):
+      values, opt = state
+      grads = jax.tree.map(
+        lambda x: 1 + jax.random.normal(key, x.shape), values
+      )
+      if not master:
+        grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, values)
+      updates, opt = made.tx.update(grads, opt, values)
+      return (optim.apply(values, updates, opt), opt), None
+
+    keys = jax.random.split(jax.random.key(1), 200)
+    state = (start, made.tx.init(start))
+    return jax.jit(lambda s: jax.lax.scan(step, s, keys)[0])(state)
+
+  want, _ = run(high, master=False)
+  got, state = run(low, master=True)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("bfloat16")}
+  for master, value, x, first in zip(
+    *(jax.tree.leaves(t) for t in (state.master, want, got, high)), strict=True
+  ):
+    assert np.max(np.abs(value - first)) > 2e-4
+    np.testing.assert_allclose(master, value, rtol=1e-6)
+    np.testing.assert_array_equal(x, master.astype(jnp.bfloat16))
+  still, _ = run(low, master=False)
+  jax.tree.map(np.testing.assert_array_equal, still, low)
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), got, low)
+  assert moved["llm"]["blocks"]["up"]["kernel"]
+
+
+def test_a_master_has_moments_of_what_is_trained_only():
+  start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+  c = config(master=True, freeze=(("llm/head/.*", False), (".*", True)))
+  made = optim.make(c, 10, start)
+  state = made.tx.init(optim.subset(start, made.trainable))
+  names = trees.flatten(state)
+  assert {n for n in names if "/" in n and "count" not in n} == {
+    f"{part}/llm/head/kernel" for part in ("master", "inner/0/mu", "inner/0/nu")
+  }
+  assert {x.dtype.name for x in names.values()} == {"float32", "int32"}
 
 
 def test_muon_refuses_vectors():

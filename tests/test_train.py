@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,18 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     got[1][0]["params"],
   )
   assert float(got[0][1]["loss"]) == pytest.approx(float(got[1][1]["loss"]))
+
+
+def test_bfloat16_parameters_resume_with_the_same_bits(tmp_path):
+  c = config(steps=4)
+  c.optimizer.master = True
+  first = train.main(c, str(tmp_path))
+  assert first.state["params"]["llm"]["head"]["kernel"].dtype == jnp.bfloat16
+  master = first.state["opt"].master["llm"]["head"]["kernel"]
+  assert master.dtype == jnp.float32
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  again = train.main(c, str(tmp_path))
+  assert_equal(again.state, first.state)
 
 
 def test_another_run_gives_the_start_and_frozen_leaves_keep_it(
