@@ -66,6 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
     _rooms(c)
   else:
     _scenes(c, arg)
+  if arg.frames:
+    _frames(c, arg.frames)
   if arg.test:
     c.steps, c.batch_size = 2, 8
     c.data.world.rooms = 16
@@ -97,13 +99,15 @@ def _scenes(c: ConfigDict, arg: ConfigDict) -> None:
   )
   c.data.length = 4096
   c.data.scene = ConfigDict({"frames": 20, "side": 336, "clicks": 16})
-  # Only the `view` command reads these; intrinsics (fx, fy, cx, cy) are for
-  # folders without a file of them.
+
+
+def _frames(c: ConfigDict, folder: str) -> None:
+  """What `view` shows; intrinsics are for folders without a file of them."""
   c.data.rgbd = ConfigDict(
     {
-      "folder": arg.frames,
+      "folder": folder,
       "frames": 64,
-      "intrinsics": (),
+      "intrinsics": (),  # fx, fy, cx, cy
       "depth_scale": 1000.0,
       "patch": 14,
       "voxel_size": 0.2,

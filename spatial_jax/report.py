@@ -436,7 +436,15 @@ def write(path: str | pathlib.Path, data: Mapping) -> pathlib.Path:
 
 
 def main(config: Any, workdir: str, rooms: int = 4) -> pathlib.Path:
-  """The `view` command: a few of the config's rooms, to `workdir/view.html`."""
+  """The `view` command: a few of the config's rooms, to `workdir/view.html`.
+
+  With `config.data.rgbd` it shows real RGB-D frames instead: see `fusion`.
+  """
+  if config.data.get("rgbd"):
+    from spatial_jax import fusion
+
+    fusion.main(config, workdir)
+    return pathlib.Path(workdir) / "view.png"
   source = importlib.import_module(config.data.source).make(config, "test")
   if not hasattr(source, "room"):
     raise ValueError(

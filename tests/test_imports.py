@@ -31,6 +31,7 @@ ORDER = (
   ("generate",),
   ("evaluators", "drawing"),
   ("evaluate", "clouds"),
+  ("fusion",),
   ("train", "report", "answer", "reconstruct", "convert"),
   ("__main__",),
 )
