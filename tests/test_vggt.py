@@ -18,6 +18,7 @@ from spatial_jax import hf, models, sharding, trees
 from spatial_jax.data import vggt_images
 from spatial_jax.geometry import camera, pose
 from spatial_jax.models import vggt, vggt_track
+from spatial_jax.nn import attention as attentions
 from spatial_jax.nn import rope
 from tests import manifests
 
@@ -215,6 +216,26 @@ def test_shapes_and_names_that_do_not_fit_say_so():
       jax.eval_shape(
         make(**overrides).apply, {"params": params}, frames, QUERIES
       )
+
+
+def test_long_rows_attend_in_parts_with_the_same_result(monkeypatch):
+  rng = np.random.default_rng(0)
+  q, k, v = rng.normal(size=(3, 2, 7, 2, 4)).astype(np.float32)
+
+  def total(q, k, v):
+    y = attentions.unmasked(q, k, v)
+    return (y**2).sum(), y
+
+  both = jax.grad(total, (0, 1, 2), has_aux=True)
+  want = jax.jit(both)(q, k, v)
+  monkeypatch.setattr(attentions, "_MOST_SCORES", 2 * 2 * 3 * 7)
+  lowered = jax.jit(lambda *x: both(*x)).lower(q, k, v)
+  # Three parts of three queries; the last one is two short.
+  assert "2x2x3x7xf32" in lowered.as_text()
+  assert "2x2x7x7xf32" not in lowered.as_text()
+  got = lowered.compile()(q, k, v)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_axial_rotation_knows_only_differences_of_positions():

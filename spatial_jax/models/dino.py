@@ -25,7 +25,7 @@ from flax import linen as nn
 from spatial_jax import hf, sharding
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import rope
-from spatial_jax.nn.attention import attention
+from spatial_jax.nn.attention import unmasked
 from spatial_jax.nn.layers import Dense, LayerNorm, Scale
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
@@ -114,7 +114,7 @@ class Attention(nn.Module):
       y = y.reshape(*rows, self.heads, D // self.heads).astype(self.dtype)
       return sharding.constrain(y, f"{axes} act_heads head_dim")
 
-    y = attention(
+    y = unmasked(
       *(arrange(project(name)) for name in ("query", "key", "value"))
     )
     y = y.reshape(B, F, P, D)

@@ -14,6 +14,8 @@ from spatial_jax.types import Array, Bool, Float, Int
 
 # Finite, so that a fully masked row has a finite gradient.
 _MASKED = -1e30
+# Scores that `unmasked` holds at once: 1 GiB in float32.
+_MOST_SCORES = 2**28
 
 
 def attention(
@@ -55,6 +57,33 @@ def attention(
   out = out.reshape(B, K, N // K, T, H) / total[..., None]
   out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
   return out.astype(value.dtype)
+
+
+def unmasked(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+) -> Float[Array, "B T N H"]:
+  """`attention` where all see all, for rows of any length.
+
+  When there are more scores than fit, queries are taken some at a time, and the
+  gradient computes their scores again.
+  """
+  B, T, N, H = query.shape
+  count = -(-B * N * T * key.shape[1] // _MOST_SCORES)
+  if count == 1:
+    return attention(query, key, value)
+  count = min(count, T)
+  size = -(-T // count)
+  query = jnp.pad(query, [(0, 0), (0, count * size - T), (0, 0), (0, 0)])
+  parts = query.reshape(B, count, size, N, H).swapaxes(0, 1)
+
+  @jax.checkpoint
+  def some(part):
+    return attention(part, key, value)
+
+  out = jax.lax.map(some, parts).swapaxes(0, 1)
+  return out.reshape(B, count * size, N, H)[:, :T]
 
 
 def packed_mask(
