@@ -81,15 +81,17 @@ def opened(image: Any):
   if isinstance(image, str | os.PathLike):
     image = Image.open(image)
   elif isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or image.ndim != 3 or not image.size:
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    if image.dtype != np.uint8 or not is_image or not image.size:
       raise ValueError(
         f"an image is {image.dtype}{list(image.shape)}; expected uint8 "
-        "[height, width, 3] or [height, width, 4] with neither side empty"
+        "[height, width, 3], with neither side empty (or 4 channels with "
+        "alpha, or [height, width] in grey)"
       )
     image = Image.fromarray(image)
-  if image.mode == "RGBA":
+  if image.has_transparency_data:
     ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    image = Image.alpha_composite(ground, image)
+    image = Image.alpha_composite(ground, image.convert("RGBA"))
   return image.convert("RGB")
 
 

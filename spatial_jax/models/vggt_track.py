@@ -299,14 +299,16 @@ def correlate(
   """Scaled products of points' features with the grid around them.
 
   The window's places follow each other column by column. Beyond the grid all is
-  zero.
+  zero; but along an axis with a single place, everything is at that place.
   """
   B, F, N, C = features.shape
   h, w = grid.shape[2:4]
   corner = jnp.floor(at)
-  share = at - corner
+  is_wide = jnp.array([w > 1, h > 1], jnp.float32)[None, None, None]
+  share = (at - corner) * is_wide
   reach = jnp.arange(-radius, radius + 2.0)
-  place = corner[..., None] + reach[None, None, None, None]  # [B F N 2 K+1]
+  place = corner[..., None] + reach[None, None, None, None]
+  place = place * is_wide[..., None]  # [B F N 2 K+1]
   last = jnp.array([w - 1.0, h - 1.0])[None, None, None, :, None]
   inside = (place >= 0) & (place <= last)
   place = jnp.clip(place, 0, last).astype(jnp.int32)
