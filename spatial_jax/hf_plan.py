@@ -248,21 +248,26 @@ def _misfit(wrong):
 
 
 def rows(table, tensors=None):
-  """One row for each parameter: the first that has a tensor, or the first."""
+  """One row for each parameter: the first that has a tensor.
+
+  If none has, a tensor is missing. It is the one beside rows that have theirs,
+  so that the error names it as the checkpoint would.
+  """
   rows = tuple(table)
 
   def is_there(row):
     names = names_of(row[0])
     if len(row) > 2 and isinstance(row[2], Tied):
       names = (*names, *names_of(row[2].source))
-    return any(name.replace("{i}", "0") in tensors for name in names)
+    return any(has(name, tensors) for name in names)
 
   there = [tensors is None or is_there(row) for row in rows]
+  beside = [any(there[max(i - 1, 0) : i + 2]) for i in range(len(rows))]
   taken, kept = set(), set()
-  for wanted in (True, False):
+  for wanted in (there, beside, [True] * len(rows)):
     for number, row in enumerate(rows):
       paths = paths_of(row[1])
-      if there[number] == wanted and taken.isdisjoint(paths):
+      if wanted[number] and taken.isdisjoint(paths):
         taken.update(paths)
         kept.add(number)
   return [row for number, row in enumerate(rows) if number in kept]
@@ -279,7 +284,10 @@ def names_of(name: str | tuple[str, ...]) -> tuple[str, ...]:
 def choose(names, tensors):
   """The alias that the checkpoint uses; the first one if it has none."""
   names = names_of(names)
-  first = (name.replace("{i}", "0") for name in names)
-  return next(
-    (n for n, f in zip(names, first, strict=True) if f in tensors), names[0]
-  )
+  return next((name for name in names if has(name, tensors)), names[0])
+
+
+def has(name, tensors):
+  """Whether a checkpoint has the tensor, or that of one of the first layers."""
+  layers = ("0", "1", "2") if "{i}" in name else ("",)
+  return any(name.replace("{i}", layer) in tensors for layer in layers)

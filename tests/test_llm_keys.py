@@ -165,6 +165,22 @@ def test_a_reader_of_images_fits_a_published_checkpoint(
   planned(mod.KEYS, tensors, shapes, ignore=mod.IGNORE)
 
 
+def test_a_lost_tensor_is_named_as_its_checkpoint_would():
+  shapes, mod = whole_shapes("janus", variant="1b")
+  tensors = dict(checkpoint_of("echogen", "Janus-Pro-1B (deepseek"))
+  lost = (
+    "vision_model.vision_tower.blocks.0.attn.qkv.weight",
+    "aligner.layers.0.bias",
+    "language_model.model.layers.3.mlp.up_proj.weight",
+  )
+  for name in lost:
+    del tensors[name]
+  with pytest.raises(ValueError, match=r"\(3 problems\)") as error:
+    hf.plan(mod.KEYS, tensors, shapes, ignore=mod.IGNORE)
+  for name in lost:
+    assert f"missing: {name} " in str(error.value)
+
+
 def test_published_files_of_paligemma_have_other_prefixes():
   shapes, mod = whole_shapes("paligemma", variant="3b-224")
   entries = hf.plan(
