@@ -208,6 +208,10 @@ class Aggregator(nn.Module):
     )((images.astype(self.stream) - mean) / std)
     x = jnp.concatenate([self._special(B, F), x], axis=2)
     x = sharding.constrain(x, "batch frames patches act_embed")
+    return self._alternate(x, h, w, shared)
+
+  def _alternate(self, x, h, w, shared):
+    """Kept outputs [K B F P E] of the pairs of blocks."""
     # All frames have the same positions: time has none.
     rotary = rope.axial(
       token_positions(h, w, 1 + self.registers),
@@ -226,18 +230,17 @@ class Aggregator(nn.Module):
       return (x, kept), None
 
     # Every layer writes where the next kept one will: what stays is what is
-    # wanted, without room for all.
-    slots = np.searchsorted(self.keep, np.arange(self.depth)).clip(
-      max=len(self.keep) - 1
-    )
-    kept = jnp.zeros((len(self.keep), *x.shape[:-1], 2 * self.width), x.dtype)
+    # wanted, without room for all. Layers after the last kept one share a slot.
+    slots = np.searchsorted(self.keep, np.arange(self.depth))
+    shape = int(slots[-1]) + 1, *x.shape[:-1], 2 * self.width
+    kept = jnp.zeros(shape, x.dtype)
     (_, kept), _ = nn.scan(
       step,
       variable_axes={"params": 0, "intermediates": 0},
       split_rngs={"params": True},
       length=self.depth,
     )(pair, (x, kept), jnp.asarray(slots))
-    return kept
+    return kept[: len(self.keep)]
 
   def _special(self, B, F):
     """Camera and register tokens [B F 1+registers D]."""
