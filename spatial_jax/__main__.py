@@ -11,15 +11,26 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-# name -> (module with main(config, workdir), what it does)
+# name -> (module with main(config, workdir), what it does); "module:function"
+# also gets the command's OPTIONS
 COMMANDS = {
   "train": ("train", "train, or go on from the workdir's last checkpoint"),
   "evaluate": ("evaluate", "run config.evals on the workdir's checkpoint"),
   "generate": ("answer", "answer questions with the workdir's checkpoint"),
+  "import": ("convert:load", "published weights into a workdir's checkpoint"),
+  "export": ("convert:save", "a workdir's checkpoint as published weights"),
   "view": ("report", "draw rooms of the recipe's data into view.html"),
+  "reconstruct": ("reconstruct", "images to cameras, depth and a point cloud"),
+}
+# They need no recipe and read their own options: module.command(argv).
+OWN_OPTIONS = ("reconstruct",)
+# They may do without a workdir.
+OPTIONS = {
+  "import": {"from": "", "dry_run": False},
+  "export": {"from": "", "to": "", "dtype": "", "like": ""},
 }
 
 HELP = """\
@@ -37,6 +48,12 @@ options:
                         --config.optimizer.lr=1e-3
   --workdir=DIR         where checkpoints, metrics and reports go
   --multihost           one of several processes (jax.distributed)
+  --from=SOURCE         import: a folder or file of weights, or a hub id
+                        (org/name[@revision]); export: a workdir
+  --dry-run             import: print what would be read, and read nothing
+  --to=FOLDER           export: where the files go
+  --dtype=bfloat16      export: of all numbers; by default as they are
+  --like=FOLDER         export: copies config.json and tokenizer from there
   --debug               show the traceback of an error
   --help                this; with --config also the recipe's keys and values
 """
@@ -88,7 +105,7 @@ def _recipe(given: str) -> Any:
     raise Usage(f"--config={given}: {error}") from error
 
 
-def _parse(argv: Sequence[str]) -> Any:
+def _parse(argv: Sequence[str], options: Mapping[str, Any]) -> Any:
   """The flags of a command, with the recipe loaded and overridden."""
   from absl import flags
   from ml_collections import config_flags
@@ -98,7 +115,7 @@ def _parse(argv: Sequence[str]) -> Any:
     if word.startswith("--config="):
       given = word.partition("=")[2]
     else:
-      rest.append(word)
+      rest.append("--dry_run" if word == "--dry-run" else word)
   config = _recipe(given)
   keys = list(_keys(config))
   for word in rest:
@@ -114,6 +131,10 @@ def _parse(argv: Sequence[str]) -> Any:
   flags.DEFINE_string("workdir", None, "folder", flag_values=values)
   flags.DEFINE_bool("multihost", False, "jax.distributed", flag_values=values)
   flags.DEFINE_bool("debug", False, "tracebacks", flag_values=values)
+  for name, default in options.items():
+    is_bool = isinstance(default, bool)
+    define = flags.DEFINE_bool if is_bool else flags.DEFINE_string
+    define(name, default, "see HELP", flag_values=values)
   try:
     extra = values(argv)[1:]
   except flags.UnrecognizedFlagError as error:
@@ -133,27 +154,37 @@ def _command(argv: Sequence[str]) -> int:
       f"unknown command {command!r}{_close(command, list(COMMANDS))} "
       f"Commands are {', '.join(COMMANDS)}; --help explains them"
     )
+  if command in OWN_OPTIONS:
+    rest = [word for word in rest if word != "--debug"]
+    importlib.import_module(f"spatial_jax.{command}").command(rest)
+    return 0
   wants_help = any(word in ("--help", "-h") for word in rest)
   if wants_help and not any(word.startswith("--config") for word in rest):
     print(_help())
     return 0
   rest = [word for word in rest if word not in ("--help", "-h")]
-  values = _parse(rest)
+  options = OPTIONS.get(command, {})
+  values = _parse(rest, options)
   keys = _keys(values.config)
   if wants_help:
     print(_help() + "\nkeys of this recipe:")
     print("\n".join(f"  --{key}={value!r}" for key, value in keys.items()))
     return 0
-  if not values.workdir:
+  if not values.workdir and command not in OPTIONS:
     raise Usage("--workdir is missing: give a folder, --workdir=runs/NAME")
   # Its notes on how it reads a folder say nothing to a user.
   logging.getLogger("absl").setLevel(logging.ERROR)
-  module = importlib.import_module(f"spatial_jax.{COMMANDS[command][0]}")
+  module, _, function = COMMANDS[command][0].partition(":")
+  run_command = getattr(
+    importlib.import_module(f"spatial_jax.{module}"), function or "main"
+  )
   if values.multihost:
     import jax
 
     jax.distributed.initialize()
-  module.main(values.config, values.workdir)
+  # `from` is no name in Python.
+  own = {name.replace("from", "source"): values[name].value for name in options}
+  run_command(values.config, values.workdir, **own)
   return 0
 
 

@@ -52,6 +52,7 @@ __all__ = [
   "nest",
   "plan",
   "save",
+  "tensors",
 ]
 
 
@@ -98,7 +99,7 @@ def load(
       entries, key=lambda e: -math.prod(leaves[e.path].shape)
     ):
       loaded[entry.path] = _load(
-        reader, entry, leaves[entry.path], places.get(entry.path), pool
+        reader, entry, leaves[entry.path], places.get(entry.path), pool, workers
       )
   return trees.unflatten({e.path: loaded[e.path] for e in entries})
 
@@ -160,6 +161,23 @@ def save(
     dtype: of the tensors; by default that of each parameter.
     shard_bytes: largest size of one file.
   """
+  outputs = tensors(table, params, drop=drop, release=release, dtype=dtype)
+  hf_write.write(os.fspath(folder), outputs, shard_bytes)
+
+
+def tensors(
+  table: Table,
+  params: Any,
+  *,
+  drop: Sequence[str] = (),
+  release: int = 0,
+  dtype: Any = None,
+) -> list[hf_write.Output]:
+  """What `save` writes, before any number is made.
+
+  Args:
+    params: arrays, or abstract shapes if no `Output.make` is called.
+  """
   leaves = trees.flatten(params)
   rows = [
     row for row in hf_plan.rows(table) if hf_plan.paths_of(row[1])[0] in leaves
@@ -175,16 +193,7 @@ def save(
       "no tensor name is known for these parameters; drop them or add rows: "
       + ", ".join(lost)
     )
-  shards: list[list[hf_write.Output]] = [[]]
-  size = 0
-  for row in rows:
-    for item in _outputs(row, leaves, release, dtype):
-      if size + item.size > shard_bytes and shards[-1]:
-        shards.append([])
-        size = 0
-      shards[-1].append(item)
-      size += item.size
-  hf_write.write(os.fspath(folder), shards)
+  return [out for row in rows for out in _outputs(row, leaves, release, dtype)]
 
 
 def _check_tied(table, reader, leaves, prefix):
@@ -214,7 +223,7 @@ def _check_tied(table, reader, leaves, prefix):
       )
 
 
-def _load(reader, entry, leaf, place, pool):
+def _load(reader, entry, leaf, place, pool, workers):
   """One parameter on its devices."""
   shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
   indices = {None: (slice(None),) * len(shape)}
@@ -222,7 +231,7 @@ def _load(reader, entry, leaf, place, pool):
     indices = place.addressable_devices_indices_map(shape)
   boxes = {d: hf_arrays.box(index, shape) for d, index in indices.items()}
   unique = list(dict.fromkeys(boxes.values()))
-  parts = hf_arrays.fill(reader, entry, shape, dtype, unique, pool)
+  parts = hf_arrays.fill(reader, entry, shape, dtype, unique, pool, workers)
   parts = dict(zip(unique, parts, strict=True))
   arrays = [jax.device_put(parts[box], d) for d, box in boxes.items()]
   # Else the host's copies of several parameters would pile up.

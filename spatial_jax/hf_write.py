@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,12 +32,20 @@ class Output(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(folder: str, shards: Sequence[Sequence[Output]]) -> None:
-  """One file for each shard, and an index where there are several.
+def write(folder: str, outputs: Iterable[Output], shard_bytes: int) -> None:
+  """One file, or several with an index where they would be larger.
 
   Raises FileExistsError when the folder holds weights that would not be
   overwritten: readers would mix them with these.
   """
+  shards: list[list[Output]] = [[]]
+  size = 0
+  for output in outputs:
+    if size + output.size > shard_bytes and shards[-1]:
+      shards.append([])
+      size = 0
+    shards[-1].append(output)
+    size += output.size
   count = len(shards)
   files = ["model.safetensors"]
   if count > 1:
