@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from spatial_jax.data import images
+from spatial_jax.data import images, molmo2
 
 
 def photo(height, width, seed=0):
@@ -109,7 +109,7 @@ def test_molmo2_frames_are_resized_without_antialiasing(size):
     align_corners=False,
   )
   want = want.permute(0, 2, 3, 1).numpy()
-  got = (images.molmo2_frames(frames, 28) * 0.5 + 0.5) * 255
+  got = (molmo2.frames(frames, 28) * 0.5 + 0.5) * 255
   np.testing.assert_allclose(got, np.round(got), atol=1e-4)
   # What ends at one half in exact arithmetic may be rounded either way.
   is_tie = np.abs(want - np.floor(want) - 0.5) < 1e-4
@@ -119,17 +119,17 @@ def test_molmo2_frames_are_resized_without_antialiasing(size):
 
 
 def test_pooling_numbers_the_patches_of_each_token():
-  got = images.pooling(2, 3, 4, pool=2)
+  got = molmo2.pooling(2, 3, 4, pool=2)
   first = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, -1, -1], [10, 11, -1, -1]]
   np.testing.assert_array_equal(got[:4], first)
   np.testing.assert_array_equal(
     got[4:], np.where(np.array(first) < 0, -1, np.array(first) + 12)
   )
   # One row short of a multiple of three: the missing one is above.
-  got = images.pooling(1, 4, 3, pool=3)
+  got = molmo2.pooling(1, 4, 3, pool=3)
   want = [[-1, -1, -1, 0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, -1, -1, -1]]
   np.testing.assert_array_equal(got, want)
-  full = images.pooling(3, 27, 27)
+  full = molmo2.pooling(3, 27, 27)
   assert full.shape == (3 * 81, 9)
   np.testing.assert_array_equal(np.sort(full, axis=None), np.arange(3 * 729))
 

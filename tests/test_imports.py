@@ -41,6 +41,7 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 WITHOUT_JAX = (
   "types",
   "data.images",
+  "data.molmo2",
   "data.pipeline",
   "data.text",
   "data.vision",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spatial_jax import hf, trees
-from spatial_jax.models import molmo2_vit, vit, vit_keys
+from spatial_jax.models import vit, vit_keys
 from spatial_jax.nn.resize import resize
 from tests.towers import (
   DINO,
@@ -17,11 +17,9 @@ from tests.towers import (
   abstract,
   images_of,
   jit,
-  molmo2,
   random_params,
   recorded,
   run,
-  unpatchify,
   worst,
 )
 
@@ -41,21 +39,6 @@ def test_outputs_equal_those_recorded_from_each_system(name, tmp_path):
     assert worst(tokens, want["tokens"]) <= TOLERANCE
   else:
     assert worst(out["vit/tokens"], want["all_tokens"]) <= TOLERANCE
-
-
-def test_molmo2_equals_its_recording_block_by_block(tmp_path):
-  inputs, want = recorded("molmo2", tmp_path)
-  model = molmo2()
-  images = unpatchify(inputs["patches"], 2)[None]
-  pooling = inputs["pooling"][None].astype(np.int32)
-  params = hf.load(molmo2_vit.KEYS, tmp_path, abstract(model, images, pooling))
-  merged, out = run(model, params, images, pooling)
-  assert worst(out["vit/embedded"], want["vit_hidden_0"]) <= TOLERANCE
-  for i in range(4):
-    got = out["vit/blocks"][i]
-    assert worst(got, want[f"vit_hidden_{i + 1}"]) <= TOLERANCE
-  assert np.all(out["vit/valid_mask"])
-  assert worst(merged[0], want["merged"]) <= TOLERANCE
 
 
 def tiny(**more):

@@ -6,10 +6,10 @@ import importlib.util
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from spatial_jax import hf
-from spatial_jax.models import molmo2_vit, vit, vit_keys
+from spatial_jax.models import vit, vit_keys
 from tests.towers import (
   CLIP,
   DINO,
@@ -18,7 +18,6 @@ from tests.towers import (
   abstract,
   images_of,
   jit,
-  molmo2,
   run,
   worst,
 )
@@ -208,72 +207,3 @@ def test_transformers_reads_what_we_write(published, tmp_path):
   want = compute(family, theirs, images).last_hidden_state.numpy()
   got = compute(family, again.eval(), images).last_hidden_state.numpy()
   np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_molmo2_equals_that_of_transformers(tmp_path):
-  torch, transformers = live()
-  theirs = transformers.Molmo2Model(
-    transformers.Molmo2Config(
-      vision_config={
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "image_size": [14, 14],
-        "patch_size": 2,
-      },
-      adapter_config={
-        "vision_feature_layer": [4, 2],
-        "hidden_size": 16,
-        "intermediate_size": 28,
-        "text_hidden_size": 20,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-      },
-      text_config={
-        "hidden_size": 20,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 10,
-        "vocab_size": 8,
-        "additional_vocab_size": 8,
-        "intermediate_size": 16,
-      },
-      attn_implementation="eager",
-    )
-  )
-  randomize(torch, theirs)
-  vision = {
-    name: value.detach().numpy()
-    for name, value in theirs.state_dict().items()
-    if not name.startswith("language_model")
-  }
-  save_file(vision, tmp_path / "model.safetensors")
-  rng = np.random.default_rng(2)
-  images = rng.normal(size=(1, 3, 14, 14, 3)).astype("f")
-  # Two of three patches, any of all frames, in any order; one empty token.
-  pooling = rng.integers(0, 3 * 49, (1, 11, 9)).astype(np.int32)
-  pooling[rng.random(pooling.shape) < 0.3] = -1
-  pooling[0, 4] = -1
-  model = molmo2(layers=5, image=14)
-  params = hf.load(molmo2_vit.KEYS, tmp_path, abstract(model, images, pooling))
-  merged, out = run(model, params, images, pooling)
-  patches = images[0].reshape(3, 7, 2, 7, 2, 3).transpose(0, 1, 3, 2, 4, 5)
-  with torch.no_grad():
-    tower = theirs.vision_tower(
-      torch.tensor(patches.reshape(3, 49, 12)), output_hidden_states=True
-    )
-    features = torch.cat([tower.hidden_states[i + 1] for i in (4, 2)], -1)
-    want = theirs.multi_modal_projector(
-      features, torch.tensor(pooling[0]).long()
-    ).last_hidden_state.numpy()
-  assert worst(out["vit/features"][0], features.reshape(147, 32)) <= TOLERANCE
-  valid = np.asarray(out["vit/valid_mask"][0])
-  assert not valid[4] and np.sum(~valid) == 1
-  assert worst(np.asarray(merged[0])[valid], want) <= TOLERANCE
-  assert not np.any(merged[0, 4])

@@ -6,11 +6,10 @@ import pathlib
 
 import jax
 import numpy as np
-from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
 from spatial_jax import hf
-from spatial_jax.models import molmo2_vit, vit_keys
+from spatial_jax.models import vit_keys
 from tests import manifests
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "vision"
@@ -169,24 +168,3 @@ def of_cambrian(number, folder):
     {"pixels": inputs[f"pixels_{number}"]},
     {"tokens": outputs[f"tower_{number}_tokens"]},
   )
-
-
-def molmo2(layers=4, image=12):
-  sizes = {"width": 16, "heads": 2, "mlp": 24, "patch": 2}
-  tower = {**molmo2_vit.VIT, **sizes, "layers": layers, "image": image}
-  return molmo2_vit.Model(
-    vit=FrozenConfigDict(tower),
-    read=(layers - 1, layers - 3),
-    width=16,
-    heads=2,
-    mlp=28,
-    out_width=20,
-  )
-
-
-def unpatchify(patches, patch):
-  """[F h*w p*p*3] to square images [F height width 3]."""
-  F, count, _ = patches.shape
-  h = int(count**0.5)
-  x = patches.reshape(F, h, h, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(F, h * patch, h * patch, 3)

@@ -5,7 +5,7 @@ image (Pillow, or uint8 [height width (C)]) -> resize, crop or pad -> [0, 1] ->
 minus mean, over std -> f32 [side side 3]. NumPy and Pillow only.
 
 Qwen's towers have their own preparation in `data.vision`, since their images
-keep their shape.
+keep their shape, and Molmo2's videos in `data.molmo2`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from spatial_jax.data.vision import MEAN as CLIP_MEAN
 from spatial_jax.data.vision import STD as CLIP_STD
 from spatial_jax.data.vision import resize, to_rgb
-from spatial_jax.types import Array, Float, Int, UInt8
+from spatial_jax.types import Array, Float, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,44 +186,3 @@ def tile_grid(
     if difference < least or (difference == least and is_large):
       best, least = (rows, columns), difference
   return best
-
-
-def molmo2_frames(
-  frames: UInt8[Array, "F height width 3"], side: int = 378
-) -> Float[Array, "F side side 3"]:
-  """Molmo2's video frames: stretched to a square, bilinear, no antialiasing."""
-  height, width = frames.shape[1:3]
-  above, below, down = _neighbours(height, side)
-  left, right, across = _neighbours(width, side)
-  down, across = down[:, None, None], across[:, None]
-
-  def row(index):
-    pixels = frames[:, index].astype(np.float32)
-    return pixels[:, :, left] * (1 - across) + pixels[:, :, right] * across
-
-  pixels = row(above) * (1 - down) + row(below) * down
-  return normalize(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
-
-
-def _neighbours(old, new):
-  """Two old samples around each new one, and the share of the second."""
-  center = (np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new)
-  center = np.clip(center - 0.5, 0, old - 1, dtype=np.float32)
-  first = center.astype(int)
-  return first, np.minimum(first + 1, old - 1), center - first.astype("f")
-
-
-def pooling(frames: int, h: int, w: int, pool: int = 3) -> Int[Array, "Q S"]:
-  """Patches that each of Molmo2's tokens pools, -1 where there is none.
-
-  Tokens run frame by frame, row by row; patches are numbered through all
-  frames. A grid that `pool` doesn't divide is padded on all sides, the larger
-  rest at the end.
-  """
-  down, right = -h % pool, -w % pool
-  grid = np.arange(frames * h * w, dtype=np.int32).reshape(frames, h, w)
-  sides = [(0, 0), *((rest // 2, (rest + 1) // 2) for rest in (down, right))]
-  grid = np.pad(grid, sides, constant_values=-1)
-  rows, columns = grid.shape[1] // pool, grid.shape[2] // pool
-  grid = grid.reshape(frames, rows, pool, columns, pool)
-  return grid.swapaxes(2, 3).reshape(-1, pool * pool)

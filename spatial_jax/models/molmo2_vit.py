@@ -8,8 +8,8 @@ images [B F height width 3] -> vit -> two blocks' outputs side by side
 them -> SwiGLU -> [B Q out_width].
 
 Departures from the paper:
-1. Pixels come as images, not as rows of patches; `data.images.molmo2_frames`
-   makes them, `data.images.pooling` the numbers of each token's patches.
+1. Pixels come as images, not as rows of patches; `data.molmo2.frames`
+   makes them, `data.molmo2.pooling` the numbers of each token's patches.
 2. Tokens without patches are zeros and stay where they are, so that shapes are
    static; `out["vit/valid_mask"]` tells them.
 
@@ -63,13 +63,13 @@ _FLAT = hf.Custom(lambda x: x.T, lambda x: x.reshape(-1, x.shape[-1]).T)
 
 
 def _rows(theirs, new, ours, *kinds):
-  """Rows of both releases: the published files, and transformers from 5 on."""
+  """Rows of both releases: transformers from 5 on, and the published files."""
   leaves = {"weight": "kernel", "scale": "scale", "bias": "bias"}
   return tuple(
     (
       tuple(
         f"{name}.{'weight' if kind == 'scale' else kind}"
-        for name in (theirs, new)
+        for name in (new, theirs)
       ),
       f"{ours}/{leaves[kind]}",
     )
@@ -106,7 +106,7 @@ def _attention(place, prefixes, path):
   )
 
 
-_TOWER = ("vision_backbone.image_vit.", "vision_tower.")
+_TOWER = ("vision_tower.", "vision_backbone.image_vit.")
 _JOIN = ("vision_backbone.image_", "multi_modal_projector.image_")
 # Names below "model." of a checkpoint.
 KEYS = (

@@ -9,13 +9,21 @@ to (regex of an output, largest absolute difference) of outputs that, as their
 case says, can't meet the usual tolerance.
 """
 
-from tests.adapters import cambrian, echogen, llava_3d, spatial_mllm, vggt
+from tests.adapters import (
+  cambrian,
+  echogen,
+  llava_3d,
+  spatial_mllm,
+  stts,
+  vggt,
+)
 
 ADAPTERS = {
   **cambrian.ADAPTERS,
   **echogen.ADAPTERS,
   **llava_3d.ADAPTERS,
   **spatial_mllm.ADAPTERS,
+  **stts.ADAPTERS,
   **vggt.ADAPTERS,
 }
 TOLERANCES = {**llava_3d.TOLERANCES, **vggt.TOLERANCES}
