@@ -180,8 +180,9 @@ def full(folder, config):
     starts = np.stack([first, *starts])
   got = jax.device_get(_full(model, params, images, queries, starts))
   for name in got:
-    if name.endswith(".alone"):
-      want[name] = want[name.removesuffix(".alone")]
+    same = name.removesuffix(".alone")
+    if same in want:
+      want[name] = want[same]
   return got, want
 
 
