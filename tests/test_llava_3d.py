@@ -17,6 +17,7 @@ from spatial_jax.data import rgbd
 from spatial_jax.geometry import camera, voxels
 from spatial_jax.geometry.patches import patch_points
 from spatial_jax.models import llava_3d
+from spatial_jax.nn import slots
 from spatial_jax.nn.lift import Lift
 from tests import manifests
 
@@ -39,10 +40,10 @@ def tiny(**lift):
   return build(**SMALL, lift={"capacity": P, "voxel_size": 0.5, **lift})
 
 
-def make_batch(seed, slots, *, frames=F, kinds=("scene", "image", "text")):
+def make_batch(seed, count, *, frames=F, kinds=("scene", "image", "text")):
   """Rows [text, image slots, text with points, answer, padding]."""
   rng = np.random.default_rng(seed)
-  B, T = len(kinds), slots + 12
+  B, T = len(kinds), count + 12
   batch = {
     "tokens": rng.integers(3, 100, (B, T)).astype(np.int32),
     "positions": np.tile(np.arange(T, dtype=np.int32), (B, 3, 1)),
@@ -65,7 +66,7 @@ def make_batch(seed, slots, *, frames=F, kinds=("scene", "image", "text")):
   batch["segments"][:, -1] = 0
   for b, kind in enumerate(kinds):
     if kind != "text":
-      batch["tokens"][b, 3 : 3 + slots] = IMAGE
+      batch["tokens"][b, 3 : 3 + count] = IMAGE
     if kind == "scene":
       batch["tokens"][b, -8] = batch["tokens"][b, -6] = POINT
   return batch
@@ -147,17 +148,33 @@ def test_llava_1_5_and_clip_start_all_but_the_embeddings_of_points():
   )
 
 
-def test_the_second_generation_adds_its_embedding_at_the_decoders_width():
-  params = shapes("iccv-7b")
+def test_the_second_generation_finds_boxes_at_the_decoders_width():
+  model = build("iccv-7b", vit={"image": 28}, grounding={"queries": 6})
+  batch = {
+    name: np.repeat(x[:1], 2, axis=0) for name, x in make_batch(0, P).items()
+  }
+  for name in ("images", "depth"):  # 2 x 2 patches of 14 pixels
+    x = batch[name]
+    sides = [(0, 0), (0, 0), (0, 12), (0, 12), (0, 0)]
+    batch[name] = np.pad(x, sides[: x.ndim])
+  batch["boxes"] = np.ones((2, 3, 6), np.float32)
+  batch["boxes_mask"] = np.ones((2, 3), bool)
+  init = functools.partial(model.init, jax.random.key(0))
+  params = jax.eval_shape(lambda: init(**llava_3d.arguments(batch)))["params"]
   assert params["lift"]["embed"]["up"]["kernel"].shape == (3, 3584)
   sharding.parameters(params, sharding.mesh())
+  loss = functools.partial(llava_3d.loss, model)
+  value, (metrics, out) = jax.eval_shape(loss, params, batch)
+  assert value.shape == () and {"diou", "info_nce"} <= metrics.keys()
+  assert out["ground/boxes"].shape == (4, 2, 6, 6)
+  assert out["visual/tokens"].shape == (2, P, 3584)  # no pooling
 
 
 def test_gaps_between_slots_close():
   positions = np.tile(np.arange(7), (1, 3, 1))
   is_slot = np.array([[0, 1, 1, 1, 1, 0, 0]], bool)
   mask = np.array([[1, 1, 0, 0]], bool)
-  got, segments, empty = llava_3d.close_gaps(
+  got, segments, empty = slots.close_gaps(
     positions, np.ones((1, 7), int), is_slot, mask
   )
   np.testing.assert_array_equal(segments[0], [1, 1, 1, 0, 0, 1, 1])

@@ -22,10 +22,10 @@ Departures from the released code (first version of the paper):
    points by centimetres (`lift.bfloat16`).
 5. Intrinsics have pixel centres at +0.5; see `data.llava_3d.to_centres`.
 
-Of the ICCV version (third of the paper; no code, no weights) this has the
-embedding behind the projector (`lift_after_projector`) and no pooling
-(`lift.pool="none"`): variant "iccv-7b". How LLaVA-Video pools within a frame
-isn't described there and is left out.
+Of the ICCV version (third of the paper; no code, no weights) variant "iccv-7b"
+has the embedding behind the projector, no pooling, and boxes from the hidden
+state of a `<LOC>` token (see `grounding`, with departures of its own). How its
+base, LLaVA-Video, pools within a frame isn't described there and is left out.
 
 Letters: B batch, T length, F frames, h w patch grid, P = F*h*w patches, M image
 tokens, C clicked points, D width, V vocabulary.
@@ -42,10 +42,11 @@ from flax import linen as nn
 from ml_collections import FrozenConfigDict
 
 from spatial_jax import hf, losses
-from spatial_jax.models import llm, vit, vit_keys
+from spatial_jax.models import grounding, llm, vit, vit_keys
 from spatial_jax.models.llm import place
 from spatial_jax.nn.layers import Mlp
 from spatial_jax.nn.lift import Lift, PointEmbed
+from spatial_jax.nn.slots import close_gaps
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -62,6 +63,7 @@ VARIANTS = {
     "llm": llm.VARIANTS["qwen2-7b"],
     "lift": {"pool": "none"},
     "lift_after_projector": True,
+    "grounding": {},
   },
   # Rooms of 4 frames of 64 x 64 pixels on a CPU.
   "tiny": {
@@ -136,8 +138,10 @@ class Model(nn.Module):
   llm: Mapping[str, Any]
   lift: Mapping[str, Any] = FrozenConfigDict()
   lift_after_projector: bool = False
+  grounding: Mapping[str, Any] | None = None  # `grounding.Decoder`, if any
   image_token: int = -200  # outside of the vocabulary, as published
   point_token: int = -300
+  loc_token: int = -400
   dtype: str = "float32"
   remat: str = "none"
   loss_chunks: int = 0  # over the length; 0: all logits at once
@@ -150,6 +154,10 @@ class Model(nn.Module):
     width = self.llm["width"]
     self.projector = Mlp(width, dtype=self.dtype, out_width=width)
     self.click_embed = PointEmbed(width, self.dtype)
+    if self.grounding is not None:
+      self._grounding = grounding.Decoder(
+        **{"dtype": self.dtype, **self.grounding}, name="grounding"
+      )
 
   def _decoder(self, **kwargs) -> llm.Model:
     shared = {"dtype": self.dtype, "remat": self.remat}
@@ -184,7 +192,8 @@ class Model(nn.Module):
 
     `out` holds "vit/tokens" [B P Dv], what `Lift` returns, "visual/tokens"
     [B M D], "visual/mask" [B M], "clicks" [B C D], "inputs" [B T D],
-    "segments" [B T] and what `llm.Model` returns.
+    "segments" [B T], what `llm.Model` returns, and boxes and scores as
+    "ground/boxes" [L B Q 6] and "ground/scores" [L B Q] if there are any.
     """
     del train  # no dropout
     out, shift = {}, None
@@ -221,6 +230,8 @@ class Model(nn.Module):
     )
     if cache is not None:
       more["cache"]["shift"] = shift
+    if self.grounding is not None and "lift/points" in out:
+      more |= self._ground(tokens, out, more["llm/hidden"])
     return logits, {**out, **more}
 
   def see(self, images, depth, intrinsics, world_from_camera, is_scene=None):
@@ -248,51 +259,27 @@ class Model(nn.Module):
       visual = self.projector(visual)
     return visual, mask, {**out, "visual/tokens": visual, "visual/mask": mask}
 
+  def _ground(self, tokens, out, hidden):
+    """Boxes for the first `<LOC>` of each row; without one they say nothing."""
+    at = jnp.argmax(tokens == self.loc_token, axis=1)
+    token = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+    points = out["lift/points"].reshape(len(tokens), -1, 3)
+    valid = out["lift/valid"].reshape(len(tokens), -1)
+    boxes, scores, more = self._grounding(
+      points, valid, out["lift/patches"], token
+    )
+    return {"ground/boxes": boxes, "ground/scores": scores, **more}
+
   def init_cache(self, batch: int, length: int) -> llm.Cache:
     """Empty decoder cache; callable without parameters."""
     cache = self._decoder(parent=None).init_cache(batch, length)
     return {**cache, "shift": jnp.zeros(batch, jnp.int32)}
 
 
-def close_gaps(
-  positions: Int[Array, "B 3 T"],
-  segments: Int[Array, "B T"],
-  is_slot: Bool[Array, "B T"],
-  mask: Bool[Array, "B M"],
-) -> tuple[Int[Array, "B 3 T"], Int[Array, "B T"], Int[Array, " B"]]:
-  """Positions and segments of rows of which some slots are empty.
-
-  The k-th slot of a row is empty unless the row's `mask` has a k-th True. It
-  becomes padding (segment 0), and later positions count one less for it. Also
-  returns the empty slots of each row.
-
-  mask [T T F F], tokens      a s s s s b c
-  positions                   0 1 2 3 4 5 6
-  become                      0 1 2 - - 3 4
-  """
-  M = mask.shape[1]
-  index = jnp.cumsum(is_slot, axis=1) - 1
-  taken = jnp.take_along_axis(mask, jnp.clip(index, 0, M - 1), axis=1)
-  empty = is_slot & ~(taken & (index < M))
-  before = jnp.cumsum(empty, axis=1)
-  positions = positions - before[:, None]
-  return positions, jnp.where(empty, 0, segments), before[:, -1]
-
-
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch; one camera for all frames is repeated."""
-  names = (
-    "tokens",
-    "positions",
-    "segments",
-    "shared",
-    "images",
-    "depth",
-    "intrinsics",
-    "world_from_camera",
-    "is_scene",
-    "clicks",
-  )
+  names = ("tokens", "positions", "segments", "shared", "images", "depth")
+  names += ("intrinsics", "world_from_camera", "is_scene", "clicks")
   kwargs = {name: batch[name] for name in names if name in batch}
   camera = kwargs.get("intrinsics")
   if camera is not None and camera.ndim == 3:
@@ -316,6 +303,10 @@ def loss(
   value, metrics = llm.next_token(
     params["llm"], logits, out, batch, model.loss_chunks
   )
+  if "ground/boxes" in out and "boxes" in batch:
+    found = out["ground/boxes"], out["ground/scores"]
+    more, parts = grounding.loss(*found, batch["boxes"], batch["boxes_mask"])
+    value, metrics = value + more, metrics | parts
   if "lift/count" in out:
     metrics["voxels"] = jnp.mean(out["lift/count"].astype(jnp.float32))
   return value, (metrics, out)

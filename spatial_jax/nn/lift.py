@@ -4,9 +4,10 @@
 features [B F h w D] + depth, intrinsics, poses -> + embedding of the patch's
 world point -> mean in voxels, farthest points, or all -> tokens [B M D].
 
-Paper: https://arxiv.org/abs/2409.18125 (LLaVA-3D). Any tower's features will do.
+Paper: https://arxiv.org/abs/2409.18125 (LLaVA-3D). Features of any tower do.
 
-Letters: B batch, F frames, h w patch grid, P = F*h*w patches, M tokens, D width.
+Letters: B batch, F frames, h w patch grid, P = F*h*w patches, M tokens,
+D width.
 """
 
 from __future__ import annotations
@@ -84,7 +85,12 @@ class Lift(nn.Module):
     patches = features.astype(jnp.float32) + embed
     patches = patches.reshape(B, F * h * w, D)
     patches = sharding.constrain(patches, "batch patches act_embed")
-    out = {"lift/points": points, "lift/embed": embed, "lift/patches": patches}
+    out = {
+      "lift/points": points,
+      "lift/valid": valid,
+      "lift/embed": embed,
+      "lift/patches": patches,
+    }
     flat = points.reshape(B, -1, 3), valid.reshape(B, -1)
     tokens, mask, more = self._pool(patches, *flat)
     if is_scene is not None:
