@@ -165,6 +165,7 @@ def _describe(
     ignore=ignore,
     new=new,
     dtypes=reader.dtypes,
+    where=source,
   )
 
   def size(names):

@@ -91,6 +91,7 @@ def load(
       new=new,
       prefix=prefix,
       dtypes=reader.dtypes,
+      where=reader.source,
     )
     _check_tied(table, reader, leaves, prefix)
     # Largest first: what a parameter takes on its way is small beside what is

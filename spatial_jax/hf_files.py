@@ -28,9 +28,9 @@ import numpy as np
 from spatial_jax import hf_flax, hf_hub
 
 INDEX = "model.safetensors.index.json"
-# Of a header or an index. The largest published ones have less than half of
-# it, and 100 MB of JSON would take gigabytes once parsed.
-TEXT_LIMIT = 24 * 2**20
+# Of a header or an index, in bytes. Published ones stay below it; parsed, JSON
+# can take forty times its own size.
+TEXT_LIMIT = 16 * 2**20
 
 DTYPES = {
   "F64": np.dtype(np.float64),

@@ -151,7 +151,7 @@ class Orbax:
     """Keys of a leaf -> what tensorstore opens it by."""
     path = os.path.join(self.path, _METADATA)
     try:
-      if os.path.getsize(path) > 24 * 2**20:
+      if os.path.getsize(path) > 16 * 2**20:
         raise ValueError("it is too large")
       with open(path, encoding="utf-8") as file:
         metadata = json.load(file)

@@ -53,6 +53,7 @@ def plan(
   new: Sequence[str] = (),
   prefix: str | None = None,
   dtypes: Mapping[str, np.dtype] | None = None,
+  where: str = "the checkpoint",
 ) -> list[Entry]:
   """Pairs tensors and parameters by name and shape, touching no data.
 
@@ -68,6 +69,7 @@ def plan(
     prefix: what precedes the table's names in the checkpoint. By default it is
       found, when all of them are there below one and only one prefix.
     dtypes: name -> dtype of the tensors, to be checked too.
+    where: what an error calls the checkpoint.
   """
   table, leaves = tuple(table), trees.flatten(params)
   fresh = {
@@ -118,7 +120,7 @@ def plan(
   ]
   wrong += _dtype_problems(entries, leaves, dtypes or {})
   if wrong:
-    raise ValueError(_misfit(wrong))
+    raise ValueError(_misfit(wrong, where))
   return entries
 
 
@@ -227,7 +229,7 @@ def _dtype_problems(entries, leaves, dtypes):
   return problems
 
 
-def _misfit(wrong):
+def _misfit(wrong, where):
   """The error's text: at most so many lines of each kind."""
   kinds, lines = Counter(), []
   for line in wrong:
@@ -241,7 +243,7 @@ def _misfit(wrong):
     if count > _SHOWN
   ]
   return (
-    f"checkpoint and model do not fit ({len(wrong)} problems); check the "
+    f"{where} and the model do not fit ({len(wrong)} problems); check the "
     "variant and its overrides, name new parameters in config.init_new:\n  "
     + "\n  ".join(lines)
   )
