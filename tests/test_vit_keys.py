@@ -248,3 +248,28 @@ def test_molmo2_is_saved_in_both_namings_without_losing_a_bit(dtype, tmp_path):
   again = hf.load(molmo2.KEYS, tmp_path / "old", shapes)
   for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
     np.testing.assert_array_equal(a, b, strict=True)
+
+
+def test_the_stacked_arrays_of_openpi_are_read(tmp_path):
+  model = vit.Model(**TINY, image=16)
+  params = random_params(model)
+  arrays = {}
+  for names, path, *_ in vit_keys.BIG_VISION:
+    name = names if isinstance(names, str) else names[0]
+    array = trees.flatten(params)[path]
+    L, N, H = model.layers, model.heads, model.width // model.heads
+    if name == "pos_embedding":
+      array = array[None]
+    elif "Attention" in name and "/out/" not in name:
+      array = array.reshape(*array.shape[:-1], N, H)
+    elif name.endswith("out/kernel"):
+      array = array.reshape(L, N, H, -1)
+    arrays[f"PaliGemma/img/{name}"] = array
+  np.savez(tmp_path / "params.npz", **arrays)
+  table = hf.nest(vit_keys.BIG_VISION, "PaliGemma/img/", "")
+  loaded = hf.load(table, tmp_path / "params.npz", params)
+  assert trees.diff(loaded, params) == ""
+  for a, b in zip(
+    jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True
+  ):
+    np.testing.assert_array_equal(a, b, strict=True)

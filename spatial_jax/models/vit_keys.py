@@ -14,6 +14,7 @@ as well.
 | TIMM | timm, open_clip's SigLIP, deepseek-ai/Janus-Pro-*, OpenVLA, DINOv2's |
 | INTERNVIT | OpenGVLab/InternVL3-*, InternViT-300M-448px |
 | INTERNVL | OpenGVLab/InternVL3-*-hf (transformers) |
+| BIG_VISION | SigLIP within openpi's JAX checkpoints of pi0 |
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def _fused(theirs, *ours):
   )
 
 
+_LEAF = ("kernel", "bias")
 _QKV = ("attention/query", "attention/key", "attention/value")
 
 
@@ -201,4 +203,31 @@ INTERNVL = (
     *_mlp("mlp.fc1", "mlp.fc2"),
     ("lambda_2", "mlp_scale/scale"),
   ),
+)
+# big_vision's names, which openpi's checkpoints have below "PaliGemma/img/".
+# The layers of a block are stacked there as well.
+BIG_VISION = (
+  ("embedding/kernel", "patch_embed/kernel"),
+  ("embedding/bias", "patch_embed/bias"),
+  ("pos_embedding", "position_embed/embedding", _LEAD),
+  *hf.nest(
+    tuple(
+      (f"{theirs}/{leaf}", f"{ours}/{leaf}")
+      for theirs, ours, leaves in (
+        ("LayerNorm_0", "attention_norm", ("scale", "bias")),
+        *(
+          (f"MultiHeadDotProductAttention_0/{name}", f"attention/{name}", _LEAF)
+          for name in ("query", "key", "value", "out")
+        ),
+        ("LayerNorm_1", "mlp_norm", ("scale", "bias")),
+        ("MlpBlock_0/Dense_0", "mlp/up", _LEAF),
+        ("MlpBlock_0/Dense_1", "mlp/down", _LEAF),
+      )
+      for leaf in leaves
+    ),
+    "Transformer/encoderblock/",
+    "blocks/",
+  ),
+  ("Transformer/encoder_norm/scale", "norm/scale"),
+  ("Transformer/encoder_norm/bias", "norm/bias"),
 )
