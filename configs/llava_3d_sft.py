@@ -120,12 +120,12 @@ def _rooms(c: ConfigDict) -> None:
   from spatial_jax.data import text
 
   tokenizer = text.Tokenizer.load()
-  # Voxels of 4 frames of 8 x 8 patches: at most 256, rarely more than half.
-  slots, text_length, chunk = 128, 192, 48
+  # 4 frames of 8 x 8 patches fill about 165 voxels of this size.
+  slots, text_length, chunk = 192, 192, 48
   pad = tokenizer.token_id("<|video_pad|>")
   c.model = ConfigDict({"variant": "tiny", "image_token": pad})
   c.model.llm = ConfigDict({"vocab": tokenizer.vocab_size, "one_hot": True})
-  c.model.lift = ConfigDict({"capacity": slots, "voxel_size": 0.4})
+  c.model.lift = ConfigDict({"capacity": slots, "voxel_size": 0.6})
   c.data.source = "spatial_jax.world.dataset"
   c.data.length = slots + 3 + text_length
   c.data.world = ConfigDict(
@@ -148,5 +148,10 @@ def _rooms(c: ConfigDict) -> None:
   c.optimizer.update({"lr": 1e-3, "b2": 0.98})
   c.optimizer.freeze = ((".*", False),)  # nothing was trained before
   c.evals.vsi = ConfigDict(
-    {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}
+    {
+      "name": "spatial_jax.evaluators.vsi",
+      "every": 0,
+      "split": "test",
+      "rooms": 256,
+    }
   )
