@@ -53,10 +53,15 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
   config = recipe(base)
   workdir = tmp_path_factory.mktemp("tuned")
+  # Compiling takes most of the time here.
+  jax.config.update("jax_disable_most_optimizations", True)
   result = train.main(config.lock(), str(workdir))
+  jax.config.update("jax_disable_most_optimizations", False)
   system = systems.build(config, pipeline.example(config), config.batch_size)
 
-  @jax.jit
+  @functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  )
   def logits(params, batch):
     arguments = system.mod.arguments(batch)
     return system.model.apply({"params": params}, **arguments)[0]
