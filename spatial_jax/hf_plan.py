@@ -96,7 +96,7 @@ def plan(
         used.add(alias)  # the same numbers as its source
       elif alias not in inside:
         alias = choose(special.source, inside)
-    found, problems = _match(alias, paths, leaves, inside, special)
+    found, problems = _match(alias, paths, leaves, inside, special, prefix)
     used.update(name for entry in found for name in entry.names)
     filled.update(paths)
     if not fresh.intersection(paths):
@@ -164,7 +164,7 @@ def find_prefix(table, tensors, leaves, new):
   return best if not found("") and 2 * scores.get(best, 0) > len(wanted) else ""
 
 
-def _match(alias, paths, leaves, tensors, special):
+def _match(alias, paths, leaves, tensors, special, prefix):
   """Entries of a row, and what is wrong with them."""
   absent = [path for path in paths if path not in leaves]
   if absent:
@@ -182,7 +182,7 @@ def _match(alias, paths, leaves, tensors, special):
     entries.append(Entry(path, names, stacked, custom, first))
     layer = tuple(leaves[path].shape[1 if stacked else 0 :])
     if shared:
-      if hf_arrays.is_moved(alias, path):
+      if hf_arrays.is_moved(prefix + alias, path):
         layer = (layer[-1], *layer[:-1])
       start += layer[0]
   problems, target = [], ", ".join(paths)
@@ -196,7 +196,7 @@ def _match(alias, paths, leaves, tensors, special):
         f"{[start, *layer[1:]]}"
       )
     elif not shared and not hf_arrays.fits(
-      shape, alias, paths[0], layer, custom
+      shape, prefix + alias, paths[0], layer, custom
     ):
       problems.append(
         f"shape: {name} is {list(shape)}, which does not fill {target} "
