@@ -125,6 +125,8 @@ def test_each_place_in_the_text_gets_its_boxes():
   assert turns[0][0] == "<boxes> and <boxes>, <boxes>?" and order == [2, 0, 1]
   with pytest.raises(ValueError, match="<boxes>"):
     scenes.dialogue(entry("<boxes> and <boxes>?", "A"), 3)
+  with pytest.raises(ValueError, match="1 <boxes> for 0 groups"):
+    scenes.dialogue(one, 0)
   with pytest.raises(ValueError, match="human, gpt in turn"):
     scenes.dialogue({"conversations": one["conversations"][:1]}, 0)
 
@@ -157,6 +159,7 @@ def source(tmp_path_factory, tokenizer):
     entry("What is?", "Two."),
     entry("<video>\nA", "A", video=[f"{name}/color/{i}.png" for i in (11, 9)]),
     entry("<video>\nA", "A", video="scannet/none"),
+    entry("<video>\nWhat is at [1, 2, 0.5]?", "A", video=name),
   ]
   (root / "train.json").write_text(json.dumps(rows))
   made = scenes.Scenes(
@@ -202,6 +205,12 @@ def test_a_list_of_frames_is_used_as_it_is(source):
   rows, poses, align = source
   got = rows[3]["world_from_camera"]
   np.testing.assert_allclose(got, (align @ poses)[[2, 0]], atol=1e-6)
+
+
+def test_the_numbers_of_a_question_are_its_point(source):
+  row = source[0][5]
+  np.testing.assert_array_equal(row["clicks"], [[1, 2, 0.5], [0, 0, 0]])
+  assert list(row["tokens"]).count(-300) == 1
 
 
 def test_errors_name_the_row(source):

@@ -21,8 +21,6 @@ SYSTEM = (
   "The assistant gives helpful, detailed, and polite answers to the human's "
   "questions."
 )
-# After questions of ScanQA; the published scores need it.
-SHORT = "Answer the question using one word or one phrase."
 IMAGE, POINT = "<image>", "<boxes>"
 Turns = Sequence[Sequence[str | None]]  # (question, answer or None)
 

@@ -8,8 +8,9 @@ A file is a JSON list, or a line for each row:
    "target": {"boxes": [[cx, cy, cz, dx, dy, dz], ...]},
    "boxes_seq": [[0], [1, 2], ...]}
 "image" stands for "video" in rows about a picture; rows without either are
-plain text. `boxes_seq` says which boxes each `<boxes>` means. Scenes are
-described by an EmbodiedScan-style file (see `rgbd.from_info`).
+plain text. `boxes_seq` says which boxes each `<boxes>` means; in rows without a
+target, the numbers of a question may be its point: "What is at [1, 2, 0.5]?".
+Scenes are described by an EmbodiedScan-style file (see `rgbd.from_info`).
 
 All rows have the same shapes: `frames` views and `slots` image tokens. A
 picture is frame 0; sets of pictures alone are better read with frames=1.
@@ -89,6 +90,13 @@ class Scenes:
     boxes = entry.get("target", {}).get("boxes", [])
     turns, order = dialogue(entry, len(boxes))
     points = [llava_3d.click(boxes[i], rng) for i in order]
+    if "target" not in entry:
+      asked = [llava_3d.read_click(question) for question, _ in turns]
+      points = [point for _, found in asked for point in found]
+      turns = [
+        (question, answer)
+        for (question, _), (_, answer) in zip(asked, turns, strict=True)
+      ]
     if len(points) > self._clicks:
       raise ValueError(
         f"{len(points)} boxes in the text, but config.data.scene.clicks is "
@@ -179,7 +187,7 @@ def dialogue(
   if groups is None:
     # One each, or all of them where the text has one place.
     groups = [[i] for i in range(boxes)]
-    groups = [list(range(boxes))] if places == 1 else groups
+    groups = [list(range(boxes))] if places == 1 and boxes else groups
     groups = [] if places == 0 else groups
   rest = list(groups)
   for i, value in enumerate(texts):

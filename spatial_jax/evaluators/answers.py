@@ -5,6 +5,8 @@ Exact match compares answers after the cleaning that LEO introduced and its
 successors score with (https://arxiv.org/abs/2311.12871). "Refined" exact match
 also accepts an answer that contains the truth or is contained in it, blanks
 removed; so an empty answer counts as right there, as in the published scores.
+LLaVA-3D's on ScanQA are for questions that end with "Answer the question using
+one word or one phrase."
 """
 
 from __future__ import annotations
