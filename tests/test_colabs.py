@@ -11,12 +11,15 @@ import nbclient
 import nbformat
 import pytest
 
+from spatial_jax import metrics
+from tests import published
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("colabs/*.ipynb")))
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_notebooks_run(path, tmp_path, monkeypatch):
+def run(name, tmp_path, monkeypatch):
+  """Executes a notebook; what it printed."""
+  path = ROOT / "colabs" / name
   monkeypatch.setenv("SPATIAL_JAX_FAST", "1")
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   # As a user has it: one CPU device. Compiling takes most of the time here.
@@ -30,13 +33,46 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     kernel_name="python3",
     resources={"metadata": {"path": str(path.parent)}},
   ).execute()
-  printed = "".join(
+  return "".join(
     output.get("text", "")
     for cell in book.cells
     for output in cell.get("outputs", ())
   )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_first_look_runs(tmp_path, monkeypatch):
+  printed = run("quickstart.ipynb", tmp_path, monkeypatch)
   assert "chance" in printed
   assert list(tmp_path.glob("quickstart-*/report.html"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fine_tuning_runs_and_writes_weights_that_load(tmp_path, monkeypatch):
+  published.write(tmp_path / "base")
+  monkeypatch.setenv("SPATIAL_JAX_CHECKPOINT", str(tmp_path / "base"))
+  printed = run("finetune_from_safetensors.ipynb", tmp_path, monkeypatch)
+  assert "before: " in printed and "after: " in printed
+  (folder,) = tmp_path.glob("finetune-*")
+  assert (folder / "adapter" / "adapter_config.json").exists()
+  names = {file.name for file in (tmp_path / "base").iterdir()}
+  assert names - {"model.safetensors"} < {
+    file.name for file in (folder / "merged").iterdir()
+  }
+  rows = metrics.read(str(folder / "run"))
+  assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+  if published.HAS_TORCH:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+      folder / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_every_notebook_is_run_here():
+  names = {path.name for path in ROOT.glob("colabs/*.ipynb")}
+  assert names == {"quickstart.ipynb", "finetune_from_safetensors.ipynb"}
 
 
 def test_the_example_of_the_readme_runs(tmp_path):

@@ -5,7 +5,6 @@ import collections
 import functools
 import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import pytest
 from configs import qwen2_5_vl_sft
 from spatial_jax import (
   checkpoint,
+  convert,
   evaluate,
   hf,
   lora,
@@ -138,8 +138,13 @@ def test_transformers_answers_as_the_tuned_model_does(tuned, tmp_path):
     pytest.importorskip(package, reason=published.ONLY_TORCH)
   params, batch = tuned.result.state["params"], rows(tuned.config)
   got = np.asarray(tuned.logits(params, batch))
-  hf.save(tuned.system.mod.KEYS, lora.merge(params), tmp_path, release=1)
-  shutil.copy(tuned.base / "config.json", tmp_path)
+  convert.save(
+    tuned.config,
+    str(tuned.workdir),
+    source="",
+    to=str(tmp_path),
+    like=str(tuned.base),
+  )
   for row in (0, 5):
     want = torch_logits(tmp_path, batch, row)
     mine = got[row][: len(want)]
