@@ -58,6 +58,8 @@ def defaults() -> ConfigDict:
   # parameters that the source lacks and that start fresh.
   config.init_from = ""
   config.init_new = ()
+  # Part of the model -> weights that are published on their own; "" is none.
+  config.init_parts = ConfigDict()
 
   # `source` is a module with make(config, split).
   config.data = ConfigDict(

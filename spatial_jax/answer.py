@@ -30,7 +30,10 @@ def prompts(row: Row) -> list[tuple[Row, np.ndarray]]:
     if not len(said):
       continue
     shared = row["shared"] if "shared" in row else np.zeros_like(own)
-    keep = np.flatnonzero((own | shared) & (np.arange(len(own)) <= said[0]))
+    # Padding among what is shared are slots of an image: they stay in place.
+    index = np.arange(len(own))
+    inside = (row["segments"] == 0) & (index < index[shared].max(initial=0))
+    keep = np.flatnonzero((own | shared | inside) & (index <= said[0]))
     alone = dict(row)
     for name in ("tokens", "segments", "shared", "positions"):
       if name in row:

@@ -101,11 +101,33 @@ def start(
     abstract: their shapes and shardings; they are born with these.
     source: by default config.init_from.
   """
-  source = source or config.init_from
+  parts = {name: path for name, path in config.init_parts.items() if path}
+  rest = {name: x for name, x in abstract.items() if name not in parts}
+  params, origin = _start(config, system, rest, source or config.init_from)
+  for name, path in parts.items():
+    params[name] = _module("hf").load(
+      system.mod.PART_KEYS[name],
+      path,
+      abstract[name],
+      jax.tree.map(lambda x: x.sharding, abstract[name]),
+      ignore=system.mod.PART_IGNORE,
+    )
+    origin += f", {name} of {path}"
+  return params, origin
+
+
+def _start(
+  config: Any, system: System, abstract: Any, source: str
+) -> tuple[dict[str, Any], str]:
+  """`start` of the parts that have no file of their own."""
+
+  def init(key):
+    return {name: x for name, x in system.init(key).items() if name in abstract}
+
   key = jax.random.key(config.seed)
   placed = jax.tree.map(lambda x: x.sharding, abstract)
   if not source:
-    return jax.jit(system.init, out_shardings=placed)(key), "fresh weights"
+    return jax.jit(init, out_shardings=placed)(key), "fresh weights"
   fresh = jax.tree.map(lambda _: False, abstract)
   new = tuple(config.init_new)
   is_trained = checkpoint.is_workdir(source) and not checkpoint.is_import(
@@ -127,7 +149,7 @@ def start(
   if new:
     # Only the new leaves are computed: the others are dead code in this jit.
     new = jax.jit(
-      lambda key: optim.subset(system.init(key), fresh),
+      lambda key: optim.subset(init(key), fresh),
       out_shardings=optim.subset(placed, fresh),
     )(key)
     params = optim.merge(new, params)

@@ -2,7 +2,7 @@
 """Cambrian-1: four vision towers, a Spatial Vision Aggregator, a decoder.
 
 Paper: https://arxiv.org/abs/2406.16860. Weights: nyu-visionx/cambrian-{8b, 13b,
-34b}; those of the towers are where `TOWERS` says.
+34b}; those of the towers are where `PART_KEYS` says.
 images -> SigLIP, CLIP, DINOv2, ConvNeXt, each at its own resolution -> grids of
 features -> aggregator -> L rows of L tokens and a newline -> in place of the
 image tokens' embeddings -> decoder, between whose first blocks the aggregator's
@@ -65,22 +65,21 @@ def _published(decoder, layers, stride):
   }
 
 
-def _tiny(variant, **more):
-  sizes = {"width": 24, "layers": 2, "heads": 2, "mlp": 32, "patch": 8}
-  return {**vit.VARIANTS[variant], **sizes, "image": 32, **more}
-
-
+_TINY = {"width": 24, "layers": 2, "heads": 2, "mlp": 32, "patch": 8}
 VARIANTS = {
   "8b": _published("llama3-8b", 10, 3),
   "13b": _published("vicuna-13b", 10, 4),
   "34b": _published("yi-34b", 9, 7),
-  # Grids that have to be resampled, and blocks before and after the layers
-  # between them.
+  # Two towers, the grid of the first has to be resampled; decoder blocks before
+  # and after the layers between them.
   "tiny": {
-    "siglip": _tiny("timm-siglip-so400m-14-384", image=40),
-    "clip": _tiny("clip-l-14-336"),
-    "dinov2": _tiny("dinov2-g-14", image=56, resample="offset"),
-    "convnext": {"widths": (8, 12, 16, 24), "depths": (1, 1, 2, 1)},
+    "towers": ("siglip", "clip"),
+    "pixels": (40, 64),
+    "sides": (4, 8),
+    "siglip": vit.VARIANTS["timm-siglip-so400m-14-384"] | _TINY | {"image": 40},
+    "clip": vit.VARIANTS["clip-l-14-336"] | _TINY | {"image": 64},
+    "dinov2": {},
+    "convnext": {},
     "sva": {
       "features": 32,
       "side": 4,
@@ -101,22 +100,21 @@ VARIANTS = {
       "kv_heads": 2,
       "mlp": 48,
     },
-    "pixels": (40, 32, 40, 64),
-    "sides": (4, 4, 4, 8),
   },
 }
 
 _TIMM = ("", "visual.trunk.")  # prefixes in timm's files and in open_clip's
-# Tables of timm/ViT-SO400M-14-SigLIP-384, openai/clip-vit-large-patch14-336,
-# facebook/dinov2-giant, and of the CLIP that `convnext` names.
-TOWERS = {
+# Towers have files of their own: timm/ViT-SO400M-14-SigLIP-384,
+# openai/clip-vit-large-patch14-336, facebook/dinov2-giant, and the CLIP that
+# `convnext` names.
+PART_KEYS = {
   "siglip": hf.nest(vit_keys.TIMM, _TIMM, ""),
   "clip": hf.nest(vit_keys.CLIP, "vision_model.", ""),
   "dinov2": vit_keys.DINOV2_SWIGLU,
   "convnext": hf.nest(convnext.KEYS, _TIMM, ""),
 }
 # What their files hold besides: heads, and the towers of texts.
-TOWER_IGNORE = (
+PART_IGNORE = (
   *(p + n for p in (*_TIMM, "vision_model.") for n in vit_keys.IGNORE),
   *(p + "norm_pre." for p in _TIMM),
   *("text.", "text_model.", "text_projection.", "logit_"),
@@ -130,11 +128,11 @@ KEYS = (
   *hf.nest(sva_keys.KEYS, "model.", "sva/"),
   *(
     row
-    for number, (name, table) in enumerate(TOWERS.items())
+    for number, (name, table) in enumerate(PART_KEYS.items())
     for row in hf.nest(table, f"towers.{number}.", f"{name}/")
   ),
 )
-IGNORE = tuple(f"towers.{n}.{x}" for n in range(4) for x in TOWER_IGNORE)
+IGNORE = tuple(f"towers.{n}.{x}" for n in range(4) for x in PART_IGNORE)
 
 
 class Model(nn.Module):
@@ -148,7 +146,7 @@ class Model(nn.Module):
   convnext: Mapping[str, Any] | None = None
   # Which towers, in the order of the aggregator, and of each: the side of its
   # images in pixels and of the grid that its features are resampled to.
-  towers: tuple[str, ...] = tuple(TOWERS)
+  towers: tuple[str, ...] = tuple(PART_KEYS)
   pixels: tuple[int, ...] = (384, 336, 378, 1024)
   sides: tuple[int, ...] = (24, 24, 24, 96)
   image_token: int = -200  # outside of the vocabulary, as published
