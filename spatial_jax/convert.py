@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from spatial_jax import checkpoint, hf, hf_write, lora, sharding, trees
+from spatial_jax import (
+  checkpoint,
+  hf,
+  hf_files,
+  hf_hub,
+  hf_write,
+  lora,
+  sharding,
+  trees,
+)
 from spatial_jax import system as systems
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -143,8 +152,30 @@ def _differences(params: Any, shapes: Any) -> str:
 
 
 def _amount(params: Any) -> str:
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-  return f"{trees.count(params):,} parameters ({size / 1e9:.2f} GB)"
+  size = _size(jax.tree.leaves(params))
+  return f"{trees.count(params):,} parameters ({size})"
+
+
+def _size(arrays: Iterable[Any]) -> str:
+  total = sum(x.size * x.dtype.itemsize for x in arrays)
+  return f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB"
+
+
+def _tensors(source: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """What a source holds, from its headers alone."""
+  if found := hf_hub.headers(source):
+    if odd := sorted({x for x, _ in found.values()} - hf_files.DTYPES.keys()):
+      raise ValueError(f"{source} holds {', '.join(odd)}, which are not read")
+    return {
+      name: jax.ShapeDtypeStruct(shape, hf_files.DTYPES[dtype])
+      for name, (dtype, shape) in found.items()
+    }
+  reader = hf.Reader(source)
+  reader.close()
+  return {
+    name: jax.ShapeDtypeStruct(shape, reader.dtypes[name])
+    for name, shape in reader.shapes.items()
+  }
 
 
 def _describe(
@@ -156,30 +187,24 @@ def _describe(
 ) -> str:
   """Every parameter with its tensors, and what is left on either side."""
   leaves = trees.flatten(shapes)
-  reader = hf.Reader(source)
-  reader.close()
+  tensors = _tensors(source)
+  dtypes = {name: x.dtype for name, x in tensors.items()}
   entries = hf.plan(
     table,
-    reader.shapes,
+    {name: x.shape for name, x in tensors.items()},
     shapes,
     ignore=ignore,
     new=new,
-    dtypes=reader.dtypes,
+    dtypes=dtypes,
     where=source,
   )
-
-  def size(names):
-    return sum(
-      int(np.prod(reader.shapes[name])) * reader.dtypes[name].itemsize
-      for name in names
-    )
 
   rows = [("parameter", "shape", "dtype", "tensors")]
   for entry in entries:
     leaf, name = leaves[entry.path], entry.names[0]
     count = f"{len(entry.names)} x " if entry.stacked else ""
     part = "" if entry.start is None else f", rows from {entry.start}"
-    tensor = f"{list(reader.shapes[name])} {reader.dtypes[name]}{part}"
+    tensor = f"{list(tensors[name].shape)} {dtypes[name]}{part}"
     shape = str(list(leaf.shape))
     rows.append((entry.path, shape, str(leaf.dtype), f"{count}{name} {tensor}"))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -188,15 +213,15 @@ def _describe(
     for row in rows
   ]
   read = {name for entry in entries for name in entry.names}
-  left = [name for name in reader.shapes if name not in read]
+  left = [name for name in tensors if name not in read]
   loaded = [leaves[entry.path] for entry in entries]
   fresh = sorted(leaves.keys() - {entry.path for entry in entries})
   lines += [
     "",
-    f"read: {len(read)} tensors, {size(read) / 1e9:.2f} GB",
+    f"read: {len(read)} tensors, {_size(tensors[name] for name in read)}",
     f"loaded: {_amount(loaded)}",
     f"new, start fresh: {', '.join(fresh) or 'none'}",
-    f"ignored: {len(left)} tensors, {size(left) / 1e9:.2f} GB"
+    f"ignored: {len(left)} tensors, {_size(tensors[name] for name in left)}"
     + (f" ({', '.join(left[:8])}{', ...' * (len(left) > 8)})" if left else ""),
   ]
   return "\n".join(lines)

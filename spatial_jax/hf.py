@@ -93,7 +93,7 @@ def load(
       dtypes=reader.dtypes,
       where=reader.source,
     )
-    _check_tied(table, reader, leaves, prefix)
+    _check_tied(table, reader, leaves, {e.path for e in entries}, prefix)
     # Largest first: what a parameter takes on its way is small beside what is
     # still to come.
     for entry in sorted(
@@ -197,7 +197,7 @@ def tensors(
   return [out for row in rows for out in _outputs(row, leaves, release, dtype)]
 
 
-def _check_tied(table, reader, leaves, prefix):
+def _check_tied(table, reader, leaves, wanted, prefix):
   """A tied head and the table it repeats must be the same numbers."""
   for names, path, *special in table:
     if not special or not isinstance(special[0], hf_plan.Tied):
@@ -206,14 +206,14 @@ def _check_tied(table, reader, leaves, prefix):
     alias = hf_plan.choose(names, inside)
     source = hf_plan.choose(special[0].source, inside)
     name, other = prefix + alias, prefix + source
-    if path in leaves:
-      if alias not in inside and reader.config("tie_word_embeddings") is False:
+    if path in wanted and alias not in inside:
+      if reader.config("tie_word_embeddings") is False:
         raise ValueError(
           f"{reader.source}: missing: {name} (for {path}); config.json says "
           "that it is not tied to the embeddings. Fetch the missing file"
         )
       continue
-    if alias not in inside or source not in inside:
+    if path in leaves or not inside.issuperset((alias, source)):
       continue
     # The first rows tell: an untied head differs in all of them.
     rows = (slice(0, 8),)

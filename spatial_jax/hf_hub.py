@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 _ID = r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -48,7 +50,42 @@ def _snapshot(folder: str) -> str:
   return os.path.join(snapshots, revisions[0])
 
 
+def headers(source: str) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+  """Tensor -> (dtype, shape) of a hub id, without its weights.
+
+  None for a path.
+  """
+  match = re.fullmatch(_ID, source)
+  if os.path.lexists(source) or not match or source.startswith((".", "~")):
+    return None
+  found = _ask(
+    source,
+    match[2],
+    lambda hub: hub.get_safetensors_metadata(match[1], revision=match[2]),
+  )
+  return {
+    name: (info.dtype, tuple(info.shape))
+    for file in found.files_metadata.values()
+    for name, info in file.tensors.items()
+  }
+
+
 def _download(source: str, repository: str, revision: str | None) -> str:
+  return _ask(
+    source,
+    revision,
+    lambda hub: hub.snapshot_download(
+      repository, revision=revision, allow_patterns=list(_WANTED)
+    ),
+  )
+
+
+def _ask(source: str, revision: str | None, question: Callable) -> Any:
+  """What the hub answers; FileNotFoundError says why it doesn't.
+
+  Args:
+    question: called with the package huggingface_hub.
+  """
   unknown = f"there is no folder {source} here; as a hub id, "
   try:
     import huggingface_hub
@@ -58,9 +95,7 @@ def _download(source: str, repository: str, revision: str | None) -> str:
       "huggingface_hub), or download it elsewhere and give the folder"
     ) from error
   try:
-    return huggingface_hub.snapshot_download(
-      repository, revision=revision, allow_patterns=list(_WANTED)
-    )
+    return question(huggingface_hub)
   except Exception as error:
     # Its errors have moved between modules and releases; their names have not.
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -68,6 +103,8 @@ def _download(source: str, repository: str, revision: str | None) -> str:
       why = "its terms must be accepted on its page first; then `hf auth login`"
     elif "RevisionNotFoundError" in names:
       why = f"it has no revision {revision}; leave out @{revision}, or check it"
+    elif "NotASafetensorsRepoError" in names:
+      why = "the model has no safetensors files, only formats not read here"
     elif "RepositoryNotFoundError" in names:
       why = "the hub has no such model, or it is private: check the spelling"
     else:

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -55,6 +56,28 @@ def test_a_dry_run_prints_the_plan_and_reads_nothing(
   assert f"loaded: {total:,} parameters" in text
   assert "new, start fresh: none" in text and "ignored: 0 tensors" in text
   assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_hub_id_fetches_no_weights(folder, capsys, monkeypatch):
+  hub = pytest.importorskip("huggingface_hub", reason="not installed")
+
+  def metadata(repository, *, revision):
+    assert (repository, revision) == ("org/name", "v1")
+    file = types.SimpleNamespace(
+      tensors={
+        name: types.SimpleNamespace(dtype="F32", shape=list(x.shape))
+        for name, x in load_file(folder / "model.safetensors").items()
+      }
+    )
+    return types.SimpleNamespace(files_metadata={"model.safetensors": file})
+
+  monkeypatch.setattr(hub, "get_safetensors_metadata", metadata)
+  monkeypatch.setattr(hub, "snapshot_download", None)
+  argv = ["import", RECIPE, "--dry-run"]
+  assert cli.main([*argv, "--from=org/name@v1"]) == 0
+  there = capsys.readouterr().out
+  assert cli.main([*argv, f"--from={folder}"]) == 0
+  assert there == capsys.readouterr().out
 
 
 def test_a_dry_run_lists_all_that_does_not_fit(folder, capsys):
