@@ -9,8 +9,13 @@ models know nothing of adapters, a checkpoint says by itself how its adapters
 are scaled, and freezing the base is a rule of the optimizer.
 
 The alternative, W + scale * a @ b before each step, needs no change of any
-layer but a second copy of all adapted kernels: see `merge`, which is for the
-end of the training. Adapters in PEFT's files: `peft.py`.
+layer but holds a second copy of all adapted kernels and their gradients: of 32
+blocks with 80 MiB of weights the compiler plans 166 MiB beside them, with
+adapters in the layers 7 MiB. `merge` is for the end of the training. Adapters
+in PEFT's files: `peft.py`.
+
+Not dropped by `dropout`: what an adapter of an output head sees where the loss
+is computed in chunks.
 
 Letters: D in, E out, r rank, L layers of a scan.
 """
