@@ -9,7 +9,7 @@
 
 F and G are JSONL files of conversations with at most one image (the published
 ones have 2.5 and 7 million), P the folder of the images, L that of the language
-model (Llama-3-8B-Instruct, Vicuna-1.5-13B, Nous-Hermes-2-Yi-34B). Each part is a
+model (Llama-3-8B-Instruct, Vicuna-1.5-13B, Nous-Hermes-2-Yi-34B). A part is a
 published tower; see `models.cambrian.PART_KEYS`. Stage 2 may also start from a
 published nyu-visionx/cambrian-* and the towers.
 

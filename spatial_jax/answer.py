@@ -94,7 +94,8 @@ def ask(
       pad_id=tokenizer.pad_id,
     )
     for (row, truth), ids, n in zip(group, tokens, lengths, strict=False):
-      prompt = row["tokens"][row["segments"] > 0]
+      # Images may stand for ids that no vocabulary has.
+      prompt = row["tokens"][(row["segments"] > 0) & (row["tokens"] >= 0)]
       yield tuple(
         tokenizer.decode(np.asarray(x)).strip()
         for x in (prompt, ids[: int(n)], truth)

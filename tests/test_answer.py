@@ -48,3 +48,17 @@ def test_the_command_gives_the_answers_that_the_evaluator_reads(tmp_path):
 def test_a_workdir_without_a_checkpoint_is_one_clear_error(tmp_path):
   with pytest.raises(FileNotFoundError, match="train first"):
     answer.main(demo.get_config("test"), str(tmp_path))
+
+
+def test_masked_slots_of_an_image_stay_where_they_are_in_a_prompt():
+  row = {
+    "tokens": np.array([7, -200, -200, -200, 8, 9, 4, 0, 0]),
+    "segments": np.array([1, 0, 1, 0, 1, 1, 1, 0, 0]),
+    "loss_weight": np.array([0, 0, 0, 0, 0, 1, 0, 0, 0]),
+    "labels": np.array([0, 0, 0, 0, 0, 4, 0, 0, 0]),
+  }
+  row["shared"] = row["segments"] > 0
+  ((alone, truth),) = answer.prompts(row)
+  np.testing.assert_array_equal(truth, [4])
+  np.testing.assert_array_equal(alone["tokens"][:6], row["tokens"][:6])
+  np.testing.assert_array_equal(alone["segments"], [1, 0, 1, 0, 1, 1, 0, 0, 0])
