@@ -104,7 +104,9 @@ def _ask(source: str, revision: str | None, question: Callable) -> Any:
     elif "RevisionNotFoundError" in names:
       why = f"it has no revision {revision}; leave out @{revision}, or check it"
     elif "NotASafetensorsRepoError" in names:
-      why = "the model has no safetensors files, only formats not read here"
+      why = (
+        "the hub has no safetensors files of such a model: check its spelling"
+      )
     elif "RepositoryNotFoundError" in names:
       why = "the hub has no such model, or it is private: check the spelling"
     else:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from spatial_jax import hf, hf_arrays, hf_files, hf_hub, hf_write, trees
+from spatial_jax import hf, hf_arrays, hf_files, hf_write, trees
 
 KEYS = (
   ("embed.weight", "embed/embedding"),
@@ -386,43 +386,3 @@ def test_companions_are_copied_and_tell_the_dtype(tmp_path):
   (tmp_path / "bare").mkdir()
   with pytest.raises(FileNotFoundError, match=r"neither config\.json nor"):
     hf_write.copy_companions(str(tmp_path / "bare"), str(out))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-  ("name", "message"),
-  [
-    ("GatedRepoError", "terms must be accepted"),
-    ("RepositoryNotFoundError", "no such model"),
-    ("RevisionNotFoundError", "no revision v2"),
-    ("OfflineModeIsEnabled", "cannot be reached .*download it elsewhere"),
-    ("ConnectionError", "cannot be reached"),
-  ],
-)
-def test_a_hub_id_that_cannot_be_fetched_says_why(name, message, monkeypatch):
-  hub = pytest.importorskip("huggingface_hub", reason="not installed")
-
-  def fail(repository, *, revision, allow_patterns):
-    assert (repository, revision) == ("org/name", "v2")
-    raise type(name, (Exception,), {})("what it says")
-
-  monkeypatch.setattr(hub, "snapshot_download", fail)
-  with pytest.raises(FileNotFoundError, match=message):
-    hf.Reader("org/name@v2")
-
-
-def test_a_hub_id_needs_its_package(monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-  with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
-    hf.Reader("org/name")
-
-
-def test_a_hub_id_is_the_folder_that_was_fetched(tmp_path, monkeypatch):
-  hub = pytest.importorskip("huggingface_hub", reason="not installed")
-  hf.save(KEYS, random(), tmp_path)
-  monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-  assert_equal(hf.load(KEYS, "org/name", abstract()), random())
-  # Never for what can only be a path.
-  for path in ("./org/name", "/org/name", "~/name", "a/b/c", "name"):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-      hf_hub.locate(path)
