@@ -264,7 +264,7 @@ def _draw_cameras(canvas, cameras, view, k, frustum) -> None:
 
 
 def tiles(
-  images: Sequence[Array], width: int, gap: int = 6
+  images: Sequence[Array] | Array, width: int, gap: int = 6
 ) -> UInt8[np.ndarray, "H W 3"]:
   """Images of one shape side by side, together `width` pixels wide."""
   count = len(images)

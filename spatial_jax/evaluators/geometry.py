@@ -185,7 +185,9 @@ def evaluate(
   `ratio` is the model's error over the smaller of the other two.
   """
   del mesh
-  # `model` and `mod` again, with the untrained weights and the renderer.
+  config = config.copy_and_resolve_references()
+  config.batch_size = batch_size
+  # `model` and `mod` again, with untrained weights and the renderer.
   system = systems.build(config, pipeline.example(config), batch_size)
   observe = jax.jit(system.transform)
   truth = jax.jit(vggt_loss.truth)

@@ -181,16 +181,22 @@ def compute(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
   """The weighted sum and its terms, of `Model`'s predictions and `truth`.
 
+  Heads that the model doesn't have are left out.
+
   Args:
     camera, depth, points: weights of the three parts.
     quantile: see `regression_loss`; the published fine-tuning has 0.98.
   """
-  used = want["mask"][:, 0].sum((1, 2)) > LEAST_PIXELS
-  terms = camera_loss(
-    predictions["pose_encodings"], want["pose_encoding"], used
-  )
-  total = camera * terms["camera"]
+  total, terms = jnp.float32(0), {}
+  if "pose_encodings" in predictions:
+    used = want["mask"][:, 0].sum((1, 2)) > LEAST_PIXELS
+    terms = camera_loss(
+      predictions["pose_encodings"], want["pose_encoding"], used
+    )
+    total = camera * terms["camera"]
   for name, weight in (("depth", depth), ("points", points)):
+    if name not in predictions:
+      continue
     got, goal = predictions[name], want[name]
     if name == "depth":
       got, goal = got[..., None], goal[..., None]
