@@ -4,8 +4,8 @@
 image (Pillow, or uint8 [height width (C)]) -> resize, crop or pad -> [0, 1] ->
 minus mean, over std -> f32 [side side 3]. NumPy and Pillow only.
 
-Qwen's towers have their own preparation in `data.vision`, since their images
-keep their shape, and Molmo2's videos in `data.molmo2`.
+Qwen's images keep their shape: see `data.vision`; Molmo2's videos are prepared
+in `data.molmo2`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def resize_short(
 ) -> UInt8[Array, "y x 3"]:
   """The shorter side becomes `side`, the other keeps the aspect, cut to int."""
   height, width = image.shape[:2]
-  short, long = sorted((height, width))
-  long = int(side * long / short)
-  return resize(image, *((long, side) if width <= height else (side, long)))
+  short = min(height, width)
+  return resize(image, int(side * height / short), int(side * width / short))
 
 
 def center_crop(
@@ -94,20 +93,15 @@ def dinov2(
 def openvla(
   image: Any,
   side: int = 224,
-  statistics: Sequence[tuple[Color, Color]] = (
-    (IMAGENET_MEAN, IMAGENET_STD),
-    (HALF, HALF),
-  ),
+  mean: Color = IMAGENET_MEAN,
+  std: Color = IMAGENET_STD,
 ) -> Float[Array, "side side 6"]:
-  """OpenVLA: stretched to a square, then normalised for DINOv2 and SigLIP.
+  """OpenVLA: stretched to a square, normalised for DINOv2, then for SigLIP.
 
-  Args:
-    statistics: mean and std for each tower; the published preprocessor file has
-      those of the first rounded to bfloat16.
+  Its preprocessor file has `mean` and `std` rounded to bfloat16.
   """
   image = resize(to_rgb(image), side, side)
-  both = [normalize(image, mean, std) for mean, std in statistics]
-  return np.concatenate(both, axis=-1)
+  return np.concatenate([normalize(image, mean, std), normalize(image)], -1)
 
 
 # Side, mean of the padding's colour, mean and std. SigLIP's padding has CLIP's
@@ -125,13 +119,11 @@ def cambrian(
 ) -> Float[Array, "side side 3"]:
   """Cambrian-1: padded to a square for one of the towers in `CAMBRIAN`."""
   if tower not in CAMBRIAN:
-    raise ValueError(
-      f"Cambrian has no tower {tower!r}; use one of {', '.join(CAMBRIAN)}"
-    )
-  published, padding, mean, std = CAMBRIAN[tower]
-  side = side or published
+    known = ", ".join(CAMBRIAN)
+    raise ValueError(f"Cambrian has no tower {tower!r}; use one of {known}")
+  published, padding, *statistics = CAMBRIAN[tower]
   image = pad_to_square(to_rgb(image), [int(255 * value) for value in padding])
-  return normalize(resize(image, side, side), mean, std)
+  return normalize(resize(image, *[side or published] * 2), *statistics)
 
 
 def janus(

@@ -7,7 +7,7 @@ images [B height width 3] -> 4x4 patches, LayerNorm -> four stages (halve,
 blocks of 7x7 depthwise convolution, LayerNorm, MLP) -> grid [B h w D].
 
 The blocks of a stage are one scanned module: their parameters have a leading
-layer axis. Grids are channel-last, so that norms and MLPs need no transposes.
+layer axis. Grids are channel-last.
 
 Letters: B batch, D channels of a stage, h w grid of a stage.
 """
@@ -29,8 +29,6 @@ from spatial_jax.types import Array, Float
 Out = dict[str, Any]
 
 VARIANTS = {
-  "base": {"widths": (128, 256, 512, 1024), "depths": (3, 3, 27, 3)},
-  "large": {"widths": (192, 384, 768, 1536), "depths": (3, 3, 27, 3)},
   "xxlarge": {
     "widths": (384, 768, 1536, 3072),
     "depths": (3, 4, 30, 3),
@@ -40,10 +38,8 @@ VARIANTS = {
 
 
 def _both(theirs, ours, leaf="kernel"):
-  return (
-    (f"{theirs}.weight", f"{ours}/{leaf}"),
-    (f"{theirs}.bias", f"{ours}/bias"),
-  )
+  pairs = (("weight", leaf), ("bias", "bias"))
+  return tuple((f"{theirs}.{a}", f"{ours}/{b}") for a, b in pairs)
 
 
 # timm's names.
@@ -106,9 +102,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, _=None):
     D = x.shape[-1]
-    y = Convolution(
-      D, 7, padding=3, groups=D, dtype=self.dtype, name="depthwise"
-    )(x)
+    wide = {"padding": 3, "groups": D, "dtype": self.dtype}
+    y = Convolution(D, 7, **wide, name="depthwise")(x)
     y = LayerNorm(self.eps, self.dtype, name="norm")(y)
     y = Mlp(4 * D, dtype=self.dtype, name="mlp")(y)
     y = Scale(1e-6, self.dtype, name="mlp_scale")(y)
@@ -154,32 +149,21 @@ class Model(nn.Module):
   ) -> tuple[Float[Array, "B h w D"], Out]:
     """Grid of the last stage and intermediates.
 
-    `out` holds "convnext/stage0" to "convnext/stage3", the grid after each
-    stage (1/4, 1/8, 1/16 and 1/32 of the image), and "convnext/pooled" [B D],
-    the normalised mean of the last one, which CLIP's head reads.
+    `out` holds the grids "convnext/stage0" to "convnext/stage3" (1/4 to 1/32 of
+    the image) and "convnext/pooled" [B D], the normed mean of the last one.
     """
-    smallest = 4 * 2 ** (len(self.depths) - 1)
-    if min(images.shape[1:3]) < smallest:
+    smallest, sides = 4 * 2 ** (len(self.depths) - 1), images.shape[1:3]
+    if min(sides) < smallest:
       raise ValueError(
-        f"images of {images.shape[1]} x {images.shape[2]} pixels vanish in the "
-        f"stages; their sides must be at least {smallest}"
+        f"images of {sides[0]} x {sides[1]} pixels vanish in the stages; their "
+        f"sides must be at least {smallest}"
       )
     out = {}
     x = Convolution(self.widths[0], 4, 4, dtype=self.dtype, name="stem")(images)
     x = LayerNorm(self.eps, self.dtype, name="stem_norm")(x)
-    for i, (width, depth) in enumerate(
-      zip(self.widths, self.depths, strict=True)
-    ):
-      x = Stage(
-        width,
-        depth,
-        i == 0,
-        self.eps,
-        self.dtype,
-        self.remat,
-        name=f"stage{i}",
-      )(x)
-      out[f"convnext/stage{i}"] = x
+    for i, size in enumerate(zip(self.widths, self.depths, strict=True)):
+      same = (i == 0, self.eps, self.dtype, self.remat)
+      x = out[f"convnext/stage{i}"] = Stage(*size, *same, name=f"stage{i}")(x)
     norm = LayerNorm(self.eps, self.dtype, name="norm")
     out["convnext/pooled"] = norm(jnp.mean(x, axis=(1, 2)))
     return x, out
@@ -188,10 +172,9 @@ class Model(nn.Module):
 def multi_stage(out: Out, side: int) -> Float[Array, "B tokens channels"]:
   """All stages as one grid of side x side tokens, as Cambrian-1 reads them.
 
-  Every stage is resampled bilinearly, also when shrinking, without a low-pass
-  filter; channels follow each other from the first stage to the last.
+  Bilinear without a low-pass filter, also when shrinking; the channels of the
+  first stage come first.
   """
-  stages = [out[name] for name in sorted(out) if "/stage" in name]
-  grids = [resize(x, (side, side)) for x in stages]
-  grid = jnp.concatenate(grids, axis=-1)
-  return grid.reshape(grid.shape[0], side * side, -1)
+  names = sorted(name for name in out if "/stage" in name)
+  grids = [resize(out[name], (side, side)) for name in names]
+  return jnp.concatenate(grids, -1).reshape(len(grids[0]), side * side, -1)
