@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posed RGB-D frames: crops agree, folders are read, views line up."""
 
-import pathlib
-
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -12,9 +10,32 @@ from configs import llava_3d_sft
 from spatial_jax import fusion, report
 from spatial_jax.data import rgbd
 from spatial_jax.geometry import camera, ply
+from spatial_jax.world import render, scene
 
-ROOM = pathlib.Path(__file__).parent / "golden" / "rgbd_room"
-INTRINSICS = (259.0, 259.5, 162.75, 126.75)
+# As the files have them: pixel centres at whole numbers.
+INTRINSICS = (200.0, 200.0, 159.5, 119.5)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+  """Folder of two neighbouring views of a drawn room, depth in millimetres."""
+  folder = tmp_path_factory.mktemp("room")
+  shapes = scene.sample(0, "train", 0, **scene.SIMPLE)
+  middle = np.array([*shapes["room_polygon"].mean(0), 0.8])
+  corner = np.array([*shapes["room_polygon"][0], 1.5])
+  eyes = [corner + (middle - corner) * t for t in (0.2, 0.3)]
+  poses = np.stack([camera.look_at(eye, middle) for eye in eyes])
+  k = np.array([[200, 0, 160], [0, 200, 120], [0, 0, 1]], np.float32)
+  view = render.render(shapes, poses.astype(np.float32), k, 240, 320)
+  for kind in ("color", "depth", "pose"):
+    (folder / kind).mkdir()
+  for i in range(2):
+    color = (np.asarray(view["rgb"][i]) * 255).round().astype(np.uint8)
+    depth = (np.asarray(view["depth"][i]) * 1000).round().astype(np.uint16)
+    Image.fromarray(color).save(folder / f"color/{i}.png")
+    Image.fromarray(depth).save(folder / f"depth/{i}.png")
+    np.savetxt(folder / f"pose/{i}.txt", poses[i])
+  return folder
 
 
 def scan(folder, frames=3, size=(24, 32)):
@@ -83,7 +104,7 @@ def test_a_scan_is_read_in_the_order_of_its_numbers(tmp_path):
   assert view["intrinsics"][0, 0, 0] == 15
 
 
-def test_what_a_folder_lacks_is_named(tmp_path):
+def test_what_a_folder_lacks_is_named(room, tmp_path):
   with pytest.raises(ValueError, match=r"color/NAME\.png"):
     rgbd.read(tmp_path)
   scan(tmp_path)
@@ -91,7 +112,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"no pose for the frames \['10'\]"):
     rgbd.read(tmp_path)
   with pytest.raises(ValueError, match="intrinsics"):
-    rgbd.read(ROOM)
+    rgbd.read(room)
   broken = tmp_path / "depth/9.png"
   broken.write_bytes(broken.read_bytes()[:40])
   with pytest.raises(ValueError, match="no readable depth map"):
@@ -113,9 +134,9 @@ def test_the_names_of_7_scenes_are_known(tmp_path):
   ]
 
 
-def test_view_fuses_a_real_room(tmp_path, capsys, monkeypatch):
+def test_view_fuses_a_room(room, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(fusion, "WIDTH", 320)
-  config = llava_3d_sft.get_config(f"frames={ROOM}")
+  config = llava_3d_sft.get_config(f"frames={room}")
   config.data.rgbd.intrinsics = INTRINSICS
   assert report.main(config, str(tmp_path)) == tmp_path / "view.png"
   said = capsys.readouterr().out
@@ -128,8 +149,8 @@ def test_view_fuses_a_real_room(tmp_path, capsys, monkeypatch):
   assert len(np.unique(colors, axis=0)) <= 2 * 24 * 24
 
 
-def test_views_agree_to_under_5_cm_and_not_with_a_wrong_pose():
-  view = rgbd.load(rgbd.read(ROOM, INTRINSICS), side=112)
+def test_views_agree_to_under_5_cm_and_not_with_a_wrong_pose(room):
+  view = rgbd.load(rgbd.read(room, INTRINSICS), side=112)
   cameras = [view[k] for k in ("depth", "intrinsics", "world_from_camera")]
   points = camera.unproject(*cameras)
   median, share = fusion.agreement(points, *cameras, 0, 1)
