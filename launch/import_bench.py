@@ -113,7 +113,7 @@ def child(which: str, folder: pathlib.Path, variant: str) -> dict[str, float]:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak() -> float:
+def most_memory() -> float:
   """Most memory that this process held, in GB.
 
   `ru_maxrss` would start from the memory of the process that started this one.
@@ -138,7 +138,7 @@ def main(argv=None) -> dict[str, float]:
       seconds = read_alone(args.folder)
     else:
       seconds = read_ours(args.folder, args.variant)
-    print(json.dumps({"seconds": seconds, "peak": peak()}))
+    print(json.dumps({"seconds": seconds, "peak": most_memory()}))
     return {}
 
   if not list(args.folder.glob("*.safetensors")):
