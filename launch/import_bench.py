@@ -7,8 +7,7 @@ Writes random bfloat16 numbers in the files of Qwen2.5-VL-3B, in four shards,
 unless the folder has them. Then two programs read them in turn, each in a
 process of its own: `safetensors.numpy.load_file`, and `hf.load`, whose result
 are stacked, transposed parameters on the default device. Both find the files
-in memory. Prints the times of each round and their ratio, and the largest
-memory that each took.
+in memory. Prints the times of each round, their ratio, and the peak memory.
 """
 
 from __future__ import annotations
