@@ -43,6 +43,7 @@ WITHOUT_JAX = (
   "data.images",
   "data.molmo2",
   "data.pipeline",
+  "data.stts",
   "data.text",
   "data.vision",
   "evaluators.qa",

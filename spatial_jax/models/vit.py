@@ -42,7 +42,7 @@ from spatial_jax.nn.layers import (
   fan_in_init,
 )
 from spatial_jax.nn.resize import resize
-from spatial_jax.types import Array, Float
+from spatial_jax.types import Array, Bool, Float
 
 Out = dict[str, Any]
 
@@ -57,7 +57,12 @@ class Attention(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T T"] | None = None,
+    bias: Float[Array, "B 1 T"] | None = None,
+  ) -> Float[Array, "B T D"]:
     B, T, D = x.shape
 
     def project(name):
@@ -65,7 +70,8 @@ class Attention(nn.Module):
       y = y.reshape(B, T, self.heads, D // self.heads)
       return sharding.constrain(y, "batch patches act_heads head_dim")
 
-    y = attention(project("query"), project("key"), project("value"))
+    heads = project("query"), project("key"), project("value")
+    y = attention(*heads, mask, bias)
     return Dense(D, dtype=self.dtype, name="out")(y.reshape(B, T, D))
 
 
@@ -73,6 +79,7 @@ class Block(nn.Module):
   """One layer, shaped for a scan: ((x, kept), index) -> ((x, kept), x).
 
   `kept` has, for each number in `read`, the output of the block of this index.
+  `mask` and `bias` are those of `nn.attention.attention`.
   """
 
   heads: int
@@ -85,10 +92,10 @@ class Block(nn.Module):
   read: tuple[int, ...] = ()
 
   @nn.compact
-  def __call__(self, carry, index):
+  def __call__(self, carry, index, mask=None, bias=None):
     x, kept = carry
     y = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
-    y = Attention(self.heads, self.dtype, name="attention")(y)
+    y = Attention(self.heads, self.dtype, name="attention")(y, mask, bias)
     x = self._add(x, y, "attention_scale")
     y = LayerNorm(self.eps, self.dtype, name="mlp_norm")(x)
     if self.gated:

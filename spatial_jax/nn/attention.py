@@ -22,11 +22,13 @@ def attention(
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K H"],
   mask: Bool[Array, "#B #T S"] | None = None,
+  bias: Float[Array, "#B #T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Softmax attention with grouped heads; scores and softmax in float32.
 
   Args:
     mask: True where a query may see a key. Queries that see no key give zeros.
+    bias: added to the scaled scores of all heads.
   """
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -39,6 +41,8 @@ def attention(
     "bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32
   )
   scores = (scores * H**-0.5).reshape(B, K, N // K, T, S)
+  if bias is not None:
+    scores = scores + bias.astype(jnp.float32)[:, None, None]
   if mask is not None:
     mask = mask[:, None, None]
     scores = jnp.where(mask, scores, _MASKED)

@@ -26,4 +26,8 @@ ADAPTERS = {
   **stts.ADAPTERS,
   **vggt.ADAPTERS,
 }
-TOLERANCES = {**llava_3d.TOLERANCES, **vggt.TOLERANCES}
+TOLERANCES = {
+  **llava_3d.TOLERANCES,
+  **stts.TOLERANCES,
+  **vggt.TOLERANCES,
+}

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Molmo2 from a video's patches to logits, as its reference computes it."""
+"""Molmo2, and STTS's scoring, pruning and packing, as in their references."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
 
 from spatial_jax import hf
-from spatial_jax.models import llm, molmo2, molmo2_vit
+from spatial_jax.models import llm, molmo2, molmo2_vit, stts, stts_vit
+from spatial_jax.nn import packing, pruning
 
 
 def _vit(sizes):
@@ -138,4 +140,177 @@ def molmo2_tiny(folder, config):
   return {name: np.asarray(value) for name, value in got.items()}, want
 
 
-ADAPTERS = {("stts", "molmo2_tiny"): molmo2_tiny}
+def packed(folder, config):
+  inputs = load_file(folder / "inputs.safetensors")
+  want = load_file(folder / "outputs.safetensors")
+  x, kept = inputs["x"], inputs["valid_mask"]
+  plan = jax.jit(packing.pack)(kept[None])
+  places, frame, refilled, y = _bins(plan, kept, x)
+  mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
+  there = kept | refilled
+  return {
+    "packed": y,
+    "new_locs": np.where(there[..., None], places, 0),
+    "attn_mask": mask,
+    "refill_mask": refilled,
+  }, {**want, "new_locs": np.where(there[..., None], want["new_locs"], 0)}
+
+
+def _bins(plan, kept, x):
+  """A plan of one row as the reference tells it, and patches in its bins.
+
+  (bin, slot) of each patch, frame of each slot in the bins that are used, and
+  which patches are computed though they were dropped. If just one frame has
+  nothing left, the reference makes one more bin, -1, and fills it with all of
+  this frame; what is computed there is thrown away.
+  """
+  F, P = kept.shape
+  target = np.asarray(plan.target[0]).reshape(F, P)
+  places = np.stack([target // P, target % P], axis=-1).astype(np.int32)
+  places[target < 0] = 0
+  count = int(plan.count[0])
+  frame = np.asarray(plan.frame[0, :count])
+  refilled = np.array(plan.refilled_mask[0])
+  y = packing.pick(x.reshape(1, F * P, -1), plan.source, plan.target)
+  y = np.asarray(y).reshape(F, P, -1)[:count]
+  empty = np.flatnonzero(~kept.any(axis=1))
+  if len(empty) == 1:
+    places[empty] = np.stack([np.full(P, -1), np.arange(P)], axis=-1)
+    frame = np.concatenate([frame, np.repeat(empty[:, None] + 1, P, axis=1)])
+    refilled[empty] = True
+    y = np.concatenate([y, x[empty]])
+  return places, frame, refilled, y
+
+
+def _backbone():
+  """The table of the vision part, as the training code names its tensors."""
+  start = "vision_backbone."
+  rows = [
+    (((row[0],) if isinstance(row[0], str) else row[0]), *row[1:])
+    for row in molmo2_vit.KEYS
+  ]
+  return (
+    *(
+      (
+        tuple(n.removeprefix(start) for n in names if n.startswith(start)),
+        *rest,
+      )
+      for names, *rest in rows
+    ),
+    *hf.nest(stts.SCORER_KEYS, _SCORER, "scorer/"),
+  )
+
+
+_SCORER = "image_vit.transformer.temporal_token_scorer."
+
+
+def vision(config):
+  """The vision part of a case's sizes."""
+  h, patch = config["grid"][0], config["patch_size"]
+  return stts_vit.Model(
+    vit=FrozenConfigDict(
+      {
+        **molmo2_vit.VIT,
+        "width": config["D"],
+        "layers": config["vit_layers_built"],
+        "heads": config["heads"],
+        "mlp": config["mlp_dim"],
+        "patch": patch,
+        "image": h * patch,
+        "eps": config["norm_eps"],
+      }
+    ),
+    read=tuple(config["resolved_vit_layers"]),
+    width=config["D"],
+    heads=config["heads"],
+    mlp=config["projector_hidden"],
+    out_width=config["d_model"],
+    drop=config["topk"],
+    after=config["prune_at"],
+    pool=config["pool"][0],
+    least=config["rescale_bias_min"],
+  )
+
+
+def _videos(inputs, frames):
+  """Number of each frame's video."""
+  numbers = []
+  kinds = inputs["multimodal_type"][0]
+  for i, (count, kind) in enumerate(
+    zip(inputs["num_images"][0], kinds, strict=True)
+  ):
+    numbers += [i + 1 if kind == 2 else 0] * int(count)
+  return np.array([numbers + [-1] * (frames - len(numbers))], np.int32)
+
+
+def vit_scorer(folder, config):
+  inputs = load_file(folder / "inputs.safetensors")
+  want = load_file(folder / "outputs.safetensors")
+  module, table = vision(config), _backbone()
+  images = _images(inputs["images"][0], config["patch_size"])[None]
+  videos = _videos(inputs, images.shape[1])
+  pooling = inputs["pooled_patches_idx"].astype(np.int32)
+  slots = len(inputs["loss_proj"])
+
+  def apply(params):
+    return module.apply({"params": params}, images, pooling, videos, slots)
+
+  def loss(params):
+    features, _, out = apply(params)
+    aux = config["sim_reg_loss_coefficient"] * out["prune/temporal"]
+    value = jnp.mean(features[0] * inputs["loss_proj"]) * 10 + aux
+    return value, (aux, out)
+
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), images, pooling, videos, slots)
+  )
+  params = hf.load(table, folder / "weights.safetensors", shapes["params"])
+  (value, (aux, out)), gradient = jax.jit(
+    jax.value_and_grad(loss, has_aux=True)
+  )(params)
+  kept = np.asarray(out["prune/kept"][0])
+  places, frame, refilled, packed_input = _bins(
+    out["prune/packing"], kept, np.asarray(out["vit/biased"][0])
+  )
+  visible = np.sum(frame[:, :, None] == frame[:, None], axis=-1)
+  groups = module.groups(images.shape[2])
+  info = pruning.describe(videos, len(groups), config["topk"])
+  prunable = np.asarray(info.prunable_mask[0])
+  got = {
+    "block_at_score": out["vit/scored"][0],
+    "pooled_for_scorer": out["prune/pooled"][0],
+    "scores": out["prune/scores"][0],
+    "attn_bias": out["prune/bias"][0],
+    "valid_mask": kept,
+    "prunable_frame_mask": prunable,
+    "prunable_group_keep": kept[prunable][:, groups[:, 0]].reshape(-1),
+    "refill_mask": refilled,
+    "refill_ratio": np.float32(refilled.sum() / kept.sum()),
+    "packed_frames": np.asarray(len(frame)),
+    "new_locs": places,
+    "pack_segment_sizes": np.where(frame > 0, visible, 0).astype(np.int32),
+    "packed_input": packed_input,
+    "selected_vit_features": out["vit/features"].reshape(*kept.shape, -1),
+    "features": out["vit/merged"][0],
+    "aux_loss": aux,
+    "loss": value,
+  }
+  for tensor in hf.tensors(table, gradient):
+    name = tensor.name.replace(_SCORER, "scorer.")
+    got[f"grad.{name}"] = tensor.make()
+  return {name: np.asarray(x) for name, x in got.items()}, want
+
+
+ADAPTERS = {
+  ("stts", "molmo2_tiny"): molmo2_tiny,
+  ("stts", "packing"): packed,
+  ("stts", "vit_scorer"): vit_scorer,
+}
+TOLERANCES = {
+  ("stts", "vit_scorer"): (
+    # What a bias adds to all keys alike changes nothing: both are rounding.
+    (r"grad\.scorer\.patch_token_pooler\.wk\.bias", 1e-6),
+    # A difference of larger numbers; the case's own limit for outputs.
+    ("loss", 2e-5),
+  )
+}

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STTS's vision: Molmo2's, in which a scorer leaves part of each video.
+
+Paper: https://arxiv.org/abs/2603.18004. Names of tensors: `stts`.
+images [B F height width 3] -> blocks 0..after -> scores of groups -> block
+after + 1, biased by them -> the lowest groups of each video go -> the rest in
+fewer rows -> later blocks -> back in place, zeros where patches went -> pooling
+of the groups left [B M E].
+
+What `nn.pruning` and `nn.packing` compute is in their docstrings. Parameters
+are those of `molmo2_vit.Model` and the scorer's.
+
+Letters: B batch, F frames, P patches of a frame, G groups of a frame, Q groups
+of a row, M of these that stay, S patches of a group, C channels, D width, E out
+width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spatial_jax.data import molmo2 as processing
+from spatial_jax.models import llm, molmo2_vit, vit
+from spatial_jax.nn import packing as packing_lib
+from spatial_jax.nn import pruning
+from spatial_jax.types import Array, Bool, Float, Int
+
+Out = dict[str, Any]
+
+
+class Tower(nn.Module):
+  """Molmo2's ViT, of which some blocks at a time are run."""
+
+  sizes: Mapping[str, Any]  # of `vit.Model`
+  dtype: str
+  remat: str
+
+  def setup(self) -> None:
+    self.tower = tower = vit.Model(**self.sizes, parent=None)
+    if tower.prefix or tower.final_norm != "none" or tower.layer_scale:
+      raise ValueError("config.model.vision.vit: expected a tower as Molmo2's")
+    block = llm.remat(vit.Block, self.remat)
+    options = tower.heads, tower.mlp, tower.activation
+    more = {"eps": tower.eps, "dtype": self.dtype}
+    self.block = functools.partial(block, *options, **more)
+    self.patch_embed = vit.PatchEmbed(
+      tower.width, tower.patch, dtype=self.dtype
+    )
+    self.position_embed = vit.Embedding(tower.side**2, tower.width)
+    self.blocks = nn.scan(
+      vit.Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=tower.layers,
+    )(*options, **more)
+
+  def embed(
+    self, images: Float[Array, "B height width 3"]
+  ) -> Float[Array, "B P D"]:
+    """What the first block reads."""
+    x = self.patch_embed(images)
+    table = self.position_embed().astype(self.dtype)
+    x = x.reshape(x.shape[0], -1, x.shape[-1]) + table[None]
+    if self.is_initializing():
+      self.blocks((x, ()), jnp.arange(self.tower.layers))
+    return x
+
+  def run(
+    self,
+    x: Float[Array, "B P D"],
+    first: int,
+    last: int,
+    mask: Bool[Array, "B P P"] | None = None,
+    bias: Float[Array, "B 1 P"] | None = None,
+  ) -> Float[Array, "B P D"]:
+    """Residual stream after block `last`, from that before block `first`."""
+    if self.is_initializing() or first > last:
+      return x
+    block = self.block(parent=None)
+
+    def step(x, params):
+      (x, _), _ = block.apply({"params": params}, (x, ()), 0, mask, bias)
+      return x, None
+
+    params = self.blocks.variables["params"]
+    params = jax.tree.map(lambda p: p[first : last + 1], params)
+    return jax.lax.scan(step, x, params)[0]
+
+
+class Model(nn.Module):
+  """Tower, scorer and connector; see the module docstring."""
+
+  vit: Mapping[str, Any]
+  read: tuple[int, ...]  # blocks whose outputs are pooled, in this order
+  width: int
+  heads: int
+  mlp: int
+  out_width: int
+  drop: float = 0.5  # share of a video's groups
+  after: int = 3  # the scorer reads this block's output
+  pool: int = 3  # side of a group in patches
+  least: float = math.exp(-2)  # smallest stretched score
+  refill: bool = True  # frames alone in their bin are whole in later blocks
+  bins: float = 1.0  # rows of patches in later blocks, as a share of frames
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def groups(self, side: int) -> pruning.Groups:
+    """Patches of each group of a frame of so many pixels."""
+    h = side // self.vit["patch"]
+    return processing.pooling(1, h, h, self.pool)
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Float[Array, "B F height width 3"],
+    pooling: Int[Array, "B Q S"],
+    videos: Int[Array, "B F"],
+    slots: int,
+  ) -> tuple[Float[Array, "B M E"], Bool[Array, "B Q"], Out]:
+    """Tokens of the first `slots` groups left, which are left, intermediates.
+
+    `out` holds "vit/scored" and "vit/biased" [B F P D] (the residual stream at
+    the scorer, and after the block that it biases), "vit/features" [B F*P C],
+    "vit/merged" [B M E], and as "prune/...": `scores` [B F G], `pooled`
+    [B F G D], `bias` and `kept` [B F P], `packing` (see `nn.packing.Packing`)
+    and `temporal`, the auxiliary loss.
+    """
+    B, F = images.shape[:2]
+    tower = Tower(self.vit, self.dtype, self.remat, name="vit")
+    groups = self.groups(images.shape[2])
+    x = tower.embed(images.reshape(B * F, *images.shape[2:]))
+    x, read = self._through(tower, x, 0, self.after)
+    x = x.reshape(B, F, *x.shape[1:])
+    bias, kept, out = self._score(x, groups, videos)
+    x, more = self._through(
+      tower,
+      x.reshape(B * F, *x.shape[2:]),
+      self.after + 1,
+      self.after + 1,
+      bias=bias.reshape(B * F, 1, -1),
+    )
+    read |= more
+    read = {i: y.reshape(B, F * y.shape[1], -1) for i, y in read.items()}
+    out["vit/biased"] = x.reshape(B, F, *x.shape[1:])
+    out["prune/packing"] = packing = packing_lib.pack(kept, refill=self.refill)
+    x = x.reshape(B, F * x.shape[1], -1)
+    read |= self._packed(tower, x, kept, packing)
+    features = jnp.concatenate([read[i] for i in self.read], axis=-1)
+    merged, stays = self._pool(features, pooling, kept, slots)
+    out |= {"vit/features": features, "vit/merged": merged}
+    return merged, stays, out
+
+  def _through(self, tower, x, first, last, bias=None, mask=None):
+    """Residual stream after blocks first..last, and after those to be read."""
+    read = {}
+    for stop in sorted({i for i in self.read if first <= i < last} | {last}):
+      x = tower.run(x, first, stop, mask, bias)
+      first = stop + 1
+      if stop in self.read:
+        read[stop] = x
+    return x, read
+
+  def _score(self, x, groups, videos):
+    """Bias of the next block [B F P], patches left [B F P], intermediates."""
+    scorer = pruning.Scorer(
+      self.vit["heads"], self.vit["mlp"], self.dtype, name="scorer"
+    )
+    scores, pooled = scorer(x, groups)
+    number = pruning.group_of(groups, x.shape[2])
+    side = math.isqrt(x.shape[2])
+    bias = pruning.key_bias(
+      scores, videos, number.reshape(side, side), self.drop, self.least
+    ).reshape(x.shape[:3])
+    kept = pruning.keep(jax.lax.stop_gradient(scores), videos, self.drop)
+    kept = kept[..., number]
+    temporal = pruning.temporal_loss(x, scores, videos, groups, self.drop)
+    out = {"scores": scores, "pooled": pooled, "bias": bias, "kept": kept}
+    out = {f"prune/{name}": y for name, y in out.items()}
+    return bias, kept, {**out, "prune/temporal": temporal, "vit/scored": x}
+
+  def _packed(self, tower, x, kept, packing):
+    """What is read of the blocks after the biased one, in place [B F*P D]."""
+    first = self.after + 2
+    last = max(self.read)
+    if last < first:
+      return {}
+    B, F, P = kept.shape
+    kept = kept.reshape(B, F * P)
+    # Refilled patches are computed, but only their frame sees them.
+    back = jnp.where(kept, packing.target, -1)
+    is_kept = jnp.take_along_axis(kept, jnp.maximum(packing.source, 0), axis=1)
+    there = jnp.where(is_kept, packing.source, -1)
+
+    def run(bins):
+      here = slice(0, bins * P)
+      y = packing_lib.pick(x, packing.source[:, here], packing.target)
+      frame = packing.frame[:, :bins].reshape(B * bins, P)
+      mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
+      y = y.reshape(B * bins, P, -1)
+      _, read = self._through(tower, y, first, last, mask=mask)
+      return {
+        i: packing_lib.pick(y.reshape(B, bins * P, -1), back, there[:, here])
+        for i, y in read.items()
+      }
+
+    few = math.ceil(F * self.bins)
+    if few >= F or self.is_initializing():
+      return run(F)
+    fits = jnp.all(packing.count <= few)
+    return jax.lax.cond(fits, lambda: run(few), lambda: run(F))
+
+  def _pool(self, features, pooling, kept, slots):
+    """Tokens of the first groups with a patch left, and which have [B Q]."""
+    kept = kept.reshape(kept.shape[0], -1)
+    index = jnp.maximum(pooling, 0).reshape(pooling.shape[0], -1)
+    stays = jnp.take_along_axis(kept, index, axis=1).reshape(pooling.shape)
+    stays = jnp.any(stays & (pooling >= 0), axis=-1)
+    order = jnp.argsort(~stays, axis=1, stable=True)[:, :slots]
+    there = jnp.take_along_axis(stays, order, axis=1)
+    left = jnp.take_along_axis(pooling, order[..., None], axis=1)
+    left = jnp.where(there[..., None], left, -1)
+    connector = molmo2_vit.Connector(
+      self.width,
+      self.heads,
+      self.mlp,
+      self.out_width,
+      self.dtype,
+      name="connector",
+    )
+    return connector(features, left)[0], stays
