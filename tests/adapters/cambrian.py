@@ -297,8 +297,16 @@ def _load(model, folder, batch):
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), **cambrian.arguments(batch))
   )
+  # Towers are numbered in the case's order.
+  towers = [
+    row
+    for number, name in enumerate(model.towers)
+    for row in hf.nest(
+      cambrian.PART_KEYS.get(name, ()), f"towers.{number}.", f"{name}/"
+    )
+  ]
   return hf.load(
-    cambrian.KEYS,
+    (*towers, *cambrian.KEYS),
     folder / "weights.safetensors",
     shapes["params"],
     ignore=cambrian.IGNORE,
