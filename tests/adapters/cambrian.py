@@ -275,7 +275,12 @@ def _tower_sizes(config):
       siglip,
       mlp=int(siglip["dim"] * siglip["mlp_ratio"]),
     ),
-    "clip": tower("clip-l-14-336", clip, mlp=clip["mlp"]),
+    "clip": tower(
+      "clip-l-14-336",
+      clip,
+      mlp=clip["mlp"],
+      output_layer=config["llm"]["mm_vision_select_layer"],
+    ),
     "dinov2": tower(
       "dinov2-g-14",
       dino,
