@@ -32,7 +32,7 @@ ORDER = (
   ("evaluators", "drawing"),
   ("evaluate", "clouds"),
   ("fusion",),
-  ("train", "report", "answer", "reconstruct", "convert"),
+  ("train", "report", "answer", "reconstruct", "convert", "cache"),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

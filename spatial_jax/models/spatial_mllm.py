@@ -14,12 +14,11 @@ Departures from the paper, all but the last as the published code has it:
    weights count frames fastest, are put in this order when they are loaded.
 3. Images are two equal frames each; those of a row are one sequence for VGGT.
    v1.0 shows VGGT each image once. The published code can't take one image.
-4. Both towers see the same pixels, so the batch holds frames and the patches
-   are cut on the device. All rows of a batch have frames of one shape, and as
-   many, or none of them in their text.
+4. The batch holds frames, as many and of one shape for all rows; rows of text
+   alone don't mention them. The device cuts them into Qwen's patches.
 
-VGGT is frozen in every published recipe. Its tokens may then come with the
-batch (`geometry`); a model with `vggt=None` has no such weights at all.
+VGGT is frozen as published, so its tokens may come with the batch (`geometry`);
+a model with `vggt=None` has no such weights at all.
 
 Letters: B batch, T length, F frames, N images, P patches of a frame, M merged
 tokens, E width of VGGT's tokens, J = 8 E, D width, V vocabulary.
@@ -33,43 +32,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Real
 
 from spatial_jax import hf, losses, sharding
-from spatial_jax.data import vision
 from spatial_jax.models import llm, qwen2_5_vl, qwen_vit, vggt
 from spatial_jax.nn.layers import Dense, RMSNorm
-from spatial_jax.types import Array, Bool, Float, Int, UInt8
+from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
 
 # How it was trained, and therefore must be run; see `vggt`.
 _VGGT = {"precision": "pure_bf16"}
+_TINY = qwen2_5_vl.VARIANTS["tiny"]
 
 PARTS = {"vit": qwen_vit.Model, "llm": llm.Model, "vggt": vggt.Aggregator}
 VARIANTS = {
-  "v1_0": {**qwen2_5_vl.VARIANTS["3b"], "vggt": _VGGT, "stages": 2},
+  "v1_0": {
+    **qwen2_5_vl.VARIANTS["3b"],
+    "vggt": _VGGT,
+    "stages": ("merge", "language"),
+    "image_once": True,
+  },
   "v1_1": {**qwen2_5_vl.VARIANTS["3b"], "vggt": _VGGT},
   # Rooms of 4 frames of 64 x 64 pixels on a CPU.
   "tiny": {
-    "vit": {
-      "width": 32,
-      "layers": 2,
-      "heads": 2,
-      "mlp": 48,
-      "out_width": 64,
-      "patch": 8,
-      "window": 32,
-      "full_layers": (1,),
-    },
-    "llm": {
-      "vocab": 128,
-      "width": 64,
-      "layers": 2,
-      "heads": 4,
-      "kv_heads": 2,
-      "mlp": 96,
-      "sections": (2, 3, 3),
-    },
+    **_TINY,
+    "vit": {**_TINY["vit"], "layers": 2, "patch": 8, "window": 32},
     "vggt": {
       "width": 32,
       "depth": 2,
@@ -81,13 +69,8 @@ VARIANTS = {
       "layer_scale": 1.0,
       "token_std": 0.02,
     },
-    "image_token": 120,
-    "video_token": 121,
   },
 }
-
-
-# --- the connector ----------------------------------------------------------
 
 
 class Stage(nn.Module):
@@ -109,23 +92,18 @@ class Stage(nn.Module):
     return dense(self.out_width, "down")(x)
 
 
-class TwoStages(nn.Module):
-  """v1.0's connector."""
+class Connector(nn.Module):
+  """Stages one after the other; those of a generation have its names."""
 
+  stages: tuple[str, ...]
   out_width: int
-  dtype: str
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "B M J"]) -> Float[Array, "B M D"]:
-    x = Stage(self.out_width, self.dtype, name="merge")(x)
-    return Stage(self.out_width, self.dtype, name="language")(x)
-
-
-def connector(stages: int, out_width: int, dtype: str, **kwargs) -> nn.Module:
-  """The connector of v1.0 (two stages) or v1.1 (one)."""
-  if stages not in (1, 2):
-    raise ValueError(f"stages={stages}: expected 1 (v1.1) or 2 (v1.0)")
-  return (Stage if stages == 1 else TwoStages)(out_width, dtype, **kwargs)
+    for name in self.stages:
+      x = Stage(self.out_width, self.dtype, name=name)(x)
+    return x
 
 
 def side_by_side(
@@ -142,7 +120,7 @@ def side_by_side(
 
 
 def _frames_first(x):
-  """v1.1's last axis counts frames fastest; here they count slowest."""
+  """v1.1's last axis, in which frames count fastest, with them slowest."""
   return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
@@ -150,19 +128,22 @@ def _frames_last(x):
   return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
 
 
-def _stage(ours, norm, mlp, *special):
-  """Rows of a stage; `special` for what the merged patches' order touches."""
-  scale, kernel = special or ((), ())
+def _stage(ours, norm, mlp, scale=(), kernel=()):
+  """Rows of a stage; `scale` and `kernel` reorder what is merged."""
   return (
-    (f"{norm}.weight", f"{ours}/norm/scale", *scale),
-    (f"{mlp}.0.weight", f"{ours}/up/kernel", *kernel),
-    (f"{mlp}.0.bias", f"{ours}/up/bias"),
-    (f"{mlp}.2.weight", f"{ours}/down/kernel"),
-    (f"{mlp}.2.bias", f"{ours}/down/bias"),
+    (f"{norm}.weight", f"connector/{ours}/norm/scale", *scale),
+    (f"{mlp}.0.weight", f"connector/{ours}/up/kernel", *kernel),
+    (f"{mlp}.0.bias", f"connector/{ours}/up/bias"),
+    (f"{mlp}.2.weight", f"connector/{ours}/down/kernel"),
+    (f"{mlp}.2.bias", f"connector/{ours}/down/bias"),
   )
 
 
 _V1_0 = "vggt_embedding_merger."
+_SCALE = hf.Custom(_frames_first, _frames_last)
+_KERNEL = hf.Custom(  # (out, in) <-> (in, out)
+  lambda x: _frames_first(x).T, lambda x: _frames_last(x.T)
+)
 KEYS = (
   *qwen2_5_vl.KEYS,
   *hf.nest(
@@ -170,32 +151,17 @@ KEYS = (
     ("spatial_encoder.vggt_model.aggregator.", "vggt.aggregator."),
     "vggt/",
   ),
+  *_stage("fuse", "connector.ln_q", "connector.mlp", (_SCALE,), (_KERNEL,)),
+  *_stage("merge", f"{_V1_0}token_merge_ln_q", f"{_V1_0}token_merge_mlp"),
   *_stage(
-    "connector",
-    "connector.ln_q",
-    "connector.mlp",
-    (hf.Custom(_frames_first, _frames_last),),
-    (
-      hf.Custom(
-        lambda x: _frames_first(x).T,  # (out, in) -> (in, out)
-        lambda x: _frames_last(x.T),
-      ),
-    ),
-  ),
-  *_stage(
-    "connector/merge", f"{_V1_0}token_merge_ln_q", f"{_V1_0}token_merge_mlp"
-  ),
-  *_stage(
-    "connector/language",
-    f"{_V1_0}vgg_to_language_ln_q",
-    f"{_V1_0}vgg_to_language_mlp",
+    "language", f"{_V1_0}vgg_to_language_ln_q", f"{_V1_0}vgg_to_language_mlp"
   ),
 )
 # VGGT's heads, which are there but never run; or all of it for `vggt=None`.
 IGNORE = ("spatial_encoder.vggt_model.", "vggt.")
-
-
-# --- the model --------------------------------------------------------------
+# VGGT from a file of its own.
+PART_KEYS = {"vggt": hf.nest(vggt.AGGREGATOR_KEYS, "aggregator.", "")}
+PART_IGNORE = (*vggt.IGNORE, *(f"{h}_head." for h in (*vggt.HEADS, "point")))
 
 
 class Model(nn.Module):
@@ -204,7 +170,8 @@ class Model(nn.Module):
   vit: Mapping[str, Any]
   llm: Mapping[str, Any]
   vggt: Mapping[str, Any] | None  # None: its tokens come with the batch
-  stages: int = 1  # of the connector
+  stages: tuple[str, ...] = ("fuse",)  # of the connector
+  image_once: bool = False  # VGGT sees images as they are, not doubled
   geometry_layer: int = -1  # of VGGT, whose tokens are read
   image_token: int = 151655
   video_token: int = 151656
@@ -216,8 +183,8 @@ class Model(nn.Module):
     shared = {"dtype": self.dtype, "remat": self.remat}
     self._vit = qwen_vit.Model(**{**shared, **self.vit}, name="vit")
     self._llm = self._decoder(name="llm")
-    self._connector = connector(
-      self.stages, self.llm["width"], self.dtype, name="connector"
+    self._connector = Connector(
+      tuple(self.stages), self.llm["width"], self.dtype, name="connector"
     )
     if self.vggt is not None:
       depth = self.vggt.get("depth", vggt.Aggregator.depth)
@@ -236,12 +203,8 @@ class Model(nn.Module):
     positions: Int[Array, "B 3 T"],
     segments: Int[Array, "B T"],
     shared: Bool[Array, "B T"] | None = None,
-    frames: Float[Array, "B F height width 3"]
-    | UInt8[Array, "B F height width 3"]
-    | None = None,
-    images: Float[Array, "B N height width 3"]
-    | UInt8[Array, "B N height width 3"]
-    | None = None,
+    frames: Real[Array, "B F height width 3"] | None = None,
+    images: Real[Array, "B N height width 3"] | None = None,
     geometry: Float[Array, "B _ P E"] | None = None,
     cache: llm.Cache | None = None,
     *,
@@ -251,9 +214,8 @@ class Model(nn.Module):
     """Logits and named intermediates.
 
     Args:
-      frames: RGB of a video in [0, 1], or 0 to 255 in uint8; F is a multiple
-        of the vision tower's temporal patch. Sides are multiples of the
-        patches that are merged.
+      frames: RGB of a video in [0, 1], or uint8; F is a multiple of the vision
+        tower's temporal patch, sides are of the patches that are merged.
       images: instead of frames; each becomes as many equal frames as fill a
         temporal patch.
       geometry: VGGT's patch tokens of these frames, instead of running it.
@@ -289,67 +251,40 @@ class Model(nn.Module):
     """Visual tokens of frames or of images, and intermediates."""
     if (frames is None) == (images is None):
       raise ValueError("expected frames of a video or images, one of the two")
-    temporal, merge = self._vit.temporal_patch, self._vit.merge
-    pixels = _unit(frames if images is None else images)
+    vit, repeats = self._vit, 1
+    temporal, merge = vit.temporal_patch, vit.merge
+    seen = pixels = _unit(frames if images is None else images)
     if images is not None:
-      frames = jnp.repeat(pixels, temporal, axis=1)
-    else:
-      frames = pixels
-    B, F, height, width, _ = frames.shape
-    grid = F // temporal, height // self._vit.patch, width // self._vit.patch
-    merged, out = self._vit(self._patches(frames), grid)
-    # v1.0 shows VGGT an image once and repeats what it makes of it.
-    once = self.stages == 2 and images is not None
+      pixels = jnp.repeat(pixels, temporal, axis=1)
+      seen, repeats = (seen, temporal) if self.image_once else (pixels, 1)
+    patches = qwen_vit.patchify(pixels, temporal, vit.patch, merge)
+    B, F, height, width, _ = pixels.shape
+    h, w = height // vit.patch, width // vit.patch
+    merged, out = vit(patches, (F // temporal, h, w))
     if geometry is None:
-      geometry, out["geometry/tokens"] = self._look(pixels if once else frames)
-    if once:
-      geometry = jnp.repeat(geometry, temporal, axis=1)
-    if geometry.shape[:3] != (B, F, grid[1] * grid[2]):
+      geometry, out["geometry/tokens"] = self.look(seen)
+    geometry = jnp.repeat(geometry, repeats, axis=1).astype(self.dtype)
+    if geometry.shape[:3] != (B, F, h * w):
       raise ValueError(
-        f"geometry is {list(geometry.shape)}, but {F} frames of {grid[1]} x "
-        f"{grid[2]} patches need {[B, F, grid[1] * grid[2]]} tokens; VGGT's "
-        "patches must be as large as the vision tower's"
+        f"VGGT's tokens are {list(geometry.shape)}, but {F} frames of {h} x "
+        f"{w} patches need {[B, F, h * w]}: both towers have the same patches"
       )
-    geometry = geometry.reshape(B, F, *grid[1:], -1).astype(self.dtype)
+    geometry = geometry.reshape(B, F, h, w, -1)
     out["connector/merged"] = side_by_side(geometry, temporal, merge)
     out["connector/tokens"] = self._connector(out["connector/merged"])
     out["visual/tokens"] = merged + out["connector/tokens"]
     return out["visual/tokens"], out
 
-  def geometry(self, frames: Any) -> Float[Array, "B F P E"]:
-    """VGGT's patch tokens of frames, which a cache may keep."""
-    return self._look(_unit(frames))[0]
-
-  def _look(self, frames):
-    """VGGT's tokens of patches, and all of them."""
+  def look(
+    self, frames: Real[Array, "B F height width 3"]
+  ) -> tuple[Float[Array, "B F P E"], Float[Array, "B F _ E"]]:
+    """VGGT's tokens of patches, which a cache may keep, and all of them."""
     if self.vggt is None:
       raise ValueError(
-        "the model has no VGGT (config.model.vggt=None), so the batch must "
-        "hold its tokens as 'geometry'"
+        "config.model.vggt=None, so the batch must hold its tokens: 'geometry'"
       )
-    tokens = self._vggt(frames)[0]
+    tokens = self._vggt(_unit(frames))[0]
     return tokens[:, :, 1 + self._vggt.registers :], tokens
-
-  def _patches(self, frames):
-    """Normalised patches [B P C] in the vision tower's order."""
-    B, F, height, width, _ = frames.shape
-    t, p, m = self._vit.temporal_patch, self._vit.patch, self._vit.merge
-    if F % t or height % (p * m) or width % (p * m):
-      raise ValueError(
-        f"{F} frames of {height} x {width} pixels do not fit: expected a "
-        f"multiple of {t} frames and sides that are multiples of {p * m}"
-      )
-    mean, std = (
-      jnp.asarray(x, jnp.float32)[None, None, None, None]
-      for x in (vision.MEAN, vision.STD)
-    )
-    x = (frames - mean) / std
-    x = x.reshape(
-      B, F // t, t, height // (p * m), m, p, width // (p * m), m, p, 3
-    )
-    #                 T  Y  X dy dx  c dt  y  x
-    x = x.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
-    return x.reshape(B, -1, 3 * t * p * p)
 
   def init_cache(self, batch: int, length: int) -> llm.Cache:
     """Empty decoder cache; callable without parameters."""
@@ -358,9 +293,8 @@ class Model(nn.Module):
 
 def _unit(pixels):
   """RGB in [0, 1]."""
-  is_bytes = pixels.dtype == jnp.uint8
-  pixels = jnp.asarray(pixels, jnp.float32)
-  return pixels / 255 if is_bytes else pixels
+  scale = 255 if pixels.dtype == jnp.uint8 else 1
+  return jnp.asarray(pixels, jnp.float32) / scale
 
 
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -391,8 +325,8 @@ def loss(
 def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   """Static batch: `config.batch_size` rows of `config.data.length` tokens.
 
-  `config.data.media` has how many `frames` or `images` a row has, and their
-  `height` and `width`.
+  `config.data.media` has how many `frames` or `images` a row has, their
+  `height` and `width` and, if they come with VGGT's tokens, their `geometry`.
   """
   B, T, media = config.batch_size, config.data.length, config.data.media
 
@@ -411,4 +345,6 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   shape = media[kind], media.height, media.width, 3
   # What is rendered isn't bytes.
   dtype = jnp.float32 if config.data.get("render") else jnp.uint8
+  if media.get("geometry"):
+    inputs["geometry"] = array(config.model.dtype, *media.geometry)
   return {**inputs, kind: array(dtype, *shape)}

@@ -289,7 +289,8 @@ def connector_v1_0(folder, config):
   patches = tokens[:, :, tokens.shape[2] - h * w :]
   patches = patches.reshape(*tokens.shape[:2], h, w, -1)
   cases = {"video": patches, "images": np.repeat(patches, 2, axis=1)}
-  model = spatial_mllm.connector(2, config["output_dim"], "float32")
+  stages = spatial_mllm.VARIANTS["v1_0"]["stages"]
+  model = spatial_mllm.Connector(stages, config["output_dim"])
   merged = {k: spatial_mllm.side_by_side(x) for k, x in cases.items()}
   shapes = jax.eval_shape(model.init, jax.random.key(0), merged["video"])
   params = hf.load(
