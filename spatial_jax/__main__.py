@@ -22,6 +22,7 @@ COMMANDS = {
   "generate": ("answer", "answer questions with the workdir's checkpoint"),
   "import": ("convert:load", "published weights into a workdir's checkpoint"),
   "export": ("convert:save", "a workdir's checkpoint as published weights"),
+  "cache": ("cache", "VGGT's tokens of the recipe's videos, into files"),
   "view": ("report", "draw rooms of the recipe's data into view.html"),
   "reconstruct": ("reconstruct", "images to cameras, depth and a point cloud"),
 }
@@ -31,6 +32,7 @@ OWN_OPTIONS = ("reconstruct",)
 OPTIONS = {
   "import": {"from": "", "dry_run": False},
   "export": {"from": "", "to": "", "dtype": "", "like": ""},
+  "cache": {"from": ""},
 }
 
 HELP = """\
@@ -49,7 +51,8 @@ options:
   --workdir=DIR         where checkpoints, metrics and reports go
   --multihost           one of several processes (jax.distributed)
   --from=SOURCE         import: a folder or file of weights, or a hub id
-                        (org/name[@revision]); export: a workdir
+                        (org/name[@revision]); export: a workdir; cache:
+                        weights of VGGT
   --dry-run             import: print what would be read, and read nothing
   --to=FOLDER           export: where the files go
   --dtype=bfloat16      export: of all numbers; by default as they are

@@ -49,12 +49,12 @@ def load(
       "--workdir is missing: give a folder, --workdir=runs/NAME, or --dry-run"
     )
   shapes, mod = systems.shapes(config)
-  ignore = getattr(mod, "IGNORE", ())
+  keys, ignore = getattr(mod, "KEYS", ()), getattr(mod, "IGNORE", ())
   # Auxiliary heads and adapters are no part of a published model.
   names = trees.flatten(shapes)
   new = [r for r in config.init_new if any(re.fullmatch(r, n) for n in names)]
   if dry_run:
-    print(_describe(mod.KEYS, source, shapes, ignore, new), flush=True)
+    print(_describe(keys, source, shapes, ignore, new), flush=True)
     return
   mesh = sharding.mesh(**config.mesh.to_dict())
   lead = jax.process_index() == 0
@@ -64,7 +64,7 @@ def load(
         f"{workdir} already has checkpoints; choose another --workdir"
       )
     params = hf.load(
-      mod.KEYS,
+      keys,
       source,
       shapes,
       sharding.parameters(shapes, mesh),
@@ -133,7 +133,7 @@ def save(
       f"checkpoint of {source} is of another model than the config:\n  {wrong}"
       "\nuse the config it was trained with"
     )
-  hf.save(mod.KEYS, params, to, dtype=dtype or None)
+  hf.save(getattr(mod, "KEYS", ()), params, to, dtype=dtype or None)
   copied = hf_write.copy_companions(like, to, dtype) if like else []
   print(
     f"{_amount(params)} of step {meta['step']} are in {to}"

@@ -232,29 +232,28 @@ def _copy(out: np.ndarray, array: np.ndarray) -> None:
     out, array = out.view(bits), array.view(bits)
   width = out.dtype.itemsize
   is_flipped = array.ndim == 2 and array.strides[0] == array.dtype.itemsize
-  if is_flipped and width < 8 and out.strides[-1] == width:
+  if is_flipped and width <= 8 and out.strides[-1] == width:
     _transpose(out, array.T)
   else:
     np.copyto(out, array, casting="unsafe")
 
 
 def _transpose(out: np.ndarray, array: np.ndarray, rows: int = 128) -> None:
-  """out[...] = array.T, three times as fast as NumPy.
+  """out[...] = array.T, several times as fast as NumPy.
 
-  Numbers of a column are packed to words of 8 bytes first, so that a fraction
+  Numbers of a column are packed to words of 16 bytes first, so that a fraction
   as many are moved far.
   """
   width = out.dtype.itemsize
-  number, word = np.dtype(f"u{width}"), np.dtype(np.uint64)
-  count = 8 // width
-  for first in range(0, len(array), rows):
-    block = array[first : first + rows]
-    into = out[:, first : first + rows]
-    if len(block) % count:
-      np.copyto(into, block.T, casting="unsafe")
-      continue
+  number, word = np.dtype(f"u{width}"), np.dtype(np.complex128)
+  count = word.itemsize // width
+  end = len(array) - len(array) % count
+  for first in range(0, end, rows):
+    block = array[first : min(first + rows, end)]
     block = block.astype(out.dtype, copy=False).view(number)
     packed = np.empty((len(block) // count, block.shape[1], count), number)
     for i in range(count):
       packed[:, :, i] = block[i::count]
+    into = out[:, first : first + len(block)]
     into.view(word)[...] = packed.view(word)[..., 0].T
+  np.copyto(out[:, end:], array[end:].T, casting="unsafe")

@@ -161,7 +161,7 @@ def _from_hugging_face(
 ) -> Any:
   try:
     loaded = _module("hf").load(
-      system.mod.KEYS,
+      getattr(system.mod, "KEYS", ()),
       source,
       abstract,
       jax.tree.map(lambda x: x.sharding, abstract),

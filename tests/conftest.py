@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
+    # Most of a test's time goes into compiling.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
   )
 ).strip()
 # Threads of XLA. A thread that has reached a collective waits there for all

@@ -32,7 +32,7 @@ ORDER = (
   ("evaluators", "drawing"),
   ("evaluate", "clouds"),
   ("fusion",),
-  ("train", "report", "answer", "reconstruct", "convert"),
+  ("train", "report", "answer", "reconstruct", "convert", "cache"),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
@@ -40,12 +40,14 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # Data workers and question generation start without jax.
 WITHOUT_JAX = (
   "types",
+  "data.cambrian",
   "data.images",
   "data.molmo2",
   "data.pipeline",
   "data.stts",
   "data.text",
   "data.vision",
+  "evaluators.choices",
   "evaluators.qa",
   "geometry.boxes",
   "geometry.camera",

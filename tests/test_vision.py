@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spatial_jax.data import positions, vision
-from spatial_jax.models import qwen2_5_vl, qwen_vit
+from spatial_jax.models import llm, qwen_vit
 from spatial_jax.nn import attention as attentions
 
 VIT = {
@@ -99,7 +99,7 @@ def test_merged_tokens_land_on_image_tokens_in_order():
   merged = np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1)
   text = -np.ones((2, 5, 1), np.float32)
   for one_hot in (False, True):
-    got = qwen2_5_vl.place(text, merged, tokens == 39, one_hot=one_hot)
+    got = llm.place(text, merged, tokens == 39, one_hot=one_hot)
     np.testing.assert_array_equal(
       got[..., 0], [[-1, 1, 2, -1, 3], [4, -1, -1, 5, -1]]
     )

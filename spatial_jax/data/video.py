@@ -7,8 +7,11 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
+Pick = Callable[[int], Sequence[int]]
 SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif")
 
 
@@ -19,11 +22,18 @@ def spread(count: int, frames: int) -> list[int]:
   return np.linspace(0, count - 1, frames).round().astype(int).tolist()
 
 
-def read(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
+def read(
+  path: str,
+  frames: int,
+  pick: Callable[[int, int], Sequence[int]] = spread,
+) -> list[tuple[int, np.ndarray]]:
   """Number and pixels u8[height width 3] of evenly spread frames.
 
   Decodes the video twice, to count its frames and to take those wanted: the
   count in a file's header is often wrong, and so never are all in memory.
+
+  Args:
+    pick: indices of (frames that there are, frames wanted), ascending.
 
   Raises:
     ValueError: nothing is installed that reads videos, or this isn't one.
@@ -33,7 +43,7 @@ def read(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
     readers = (_with_pillow,)
   for reader in readers:
     try:
-      images = reader(path, frames)
+      images = reader(path, lambda count: pick(count, frames))
     except ImportError:
       continue
     break
@@ -47,13 +57,13 @@ def read(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
   return images
 
 
-def _with_av(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
+def _with_av(path: str, pick: Pick) -> list[tuple[int, np.ndarray]]:
   import av
 
   try:
     with av.open(path) as video:
       count = sum(1 for _ in video.decode(video=0))
-    wanted = set(spread(count, frames))
+    wanted = set(pick(count))
     with av.open(path) as video:
       return [
         (i, frame.to_ndarray(format="rgb24"))
@@ -64,7 +74,7 @@ def _with_av(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
     raise ValueError(f"{path} is no readable video ({error})") from error
 
 
-def _with_opencv(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
+def _with_opencv(path: str, pick: Pick) -> list[tuple[int, np.ndarray]]:
   import cv2
 
   def run(wanted):
@@ -77,15 +87,15 @@ def _with_opencv(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
     return index, found
 
   count, _ = run(())
-  return run(set(spread(count, frames)))[1]
+  return run(set(pick(count)))[1]
 
 
-def _with_imageio(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
+def _with_imageio(path: str, pick: Pick) -> list[tuple[int, np.ndarray]]:
   import imageio.v3 as imageio
 
   try:
     count = sum(1 for _ in imageio.imiter(path))
-    wanted = set(spread(count, frames))
+    wanted = set(pick(count))
     return [
       (i, np.asarray(image)[..., :3])
       for i, image in enumerate(imageio.imiter(path))
@@ -95,13 +105,13 @@ def _with_imageio(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
     raise ValueError(f"{path} is no readable video ({error})") from error
 
 
-def _with_pillow(path: str, frames: int) -> list[tuple[int, np.ndarray]]:
+def _with_pillow(path: str, pick: Pick) -> list[tuple[int, np.ndarray]]:
   from PIL import Image, UnidentifiedImageError
 
   try:
     with Image.open(path) as images:
       out = []
-      for i in spread(images.n_frames, frames):
+      for i in pick(images.n_frames):
         images.seek(i)
         out.append((i, np.asarray(images.convert("RGB"))))
       return out

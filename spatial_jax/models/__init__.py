@@ -37,7 +37,8 @@ def build(config: ConfigDict) -> tuple[nn.Module, types.ModuleType]:
   kwargs = _merge(mod.VARIANTS[variant], overrides)
   parts = {"config.model": (mod.Model, kwargs)}
   for part, module in getattr(mod, "PARTS", {}).items():
-    parts[f"config.model.{part}"] = (module, kwargs[part])
+    if kwargs[part] is not None:  # a part that this model does without
+      parts[f"config.model.{part}"] = (module, kwargs[part])
   for where, (module, given) in parts.items():
     _check(where, module, given)
   # Frozen: a Linen module that holds a plain dict cannot be hashed by jit.

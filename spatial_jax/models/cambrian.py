@@ -124,7 +124,11 @@ PART_IGNORE = (
 # don't hold them.
 KEYS = (
   *hf.nest(llm.KEYS, "model.", "llm/"),
-  ("lm_head.weight", "llm/head/kernel"),
+  (
+    "lm_head.weight",
+    "llm/head/kernel",
+    hf.Tied("model.embed_tokens.weight"),
+  ),
   *hf.nest(sva_keys.KEYS, "model.", "sva/"),
   *(
     row

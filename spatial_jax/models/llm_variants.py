@@ -21,16 +21,9 @@ from __future__ import annotations
 from spatial_jax import hf
 
 
-def _size(width, layers, heads, kv_heads, mlp, vocab, **options):
-  return {
-    "width": width,
-    "layers": layers,
-    "heads": heads,
-    "kv_heads": kv_heads,
-    "mlp": mlp,
-    "vocab": vocab,
-    **options,
-  }
+def _size(*sizes, **options):
+  names = ("width", "layers", "heads", "kv_heads", "mlp", "vocab")
+  return {**dict(zip(names, sizes, strict=True)), **options}
 
 
 _LLAMA = {

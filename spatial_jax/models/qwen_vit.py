@@ -35,6 +35,7 @@ import numpy as np
 from flax import linen as nn
 
 from spatial_jax import sharding
+from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import pruning, rope, scorer
 from spatial_jax.nn.attention import attention
@@ -418,6 +419,36 @@ def _attend_gathered(qkv, index, inverse):
   y = y.reshape(B, sets * S, N * H)
   y = jnp.take_along_axis(y, inverse[..., None], axis=1)
   return y.reshape(B, P, N, H)
+
+
+def patchify(
+  frames: Float[Array, "B F height width 3"],
+  temporal: int,
+  patch: int,
+  merge: int,
+) -> Float[Array, "B P C"]:
+  """Patches as the processor makes them, but on the device and in rows.
+
+  Args:
+    frames: RGB in [0, 1]; they are normalised here.
+  """
+  B, F, height, width, C = frames.shape
+  mean, std = (
+    jnp.asarray(x, jnp.float32)[None, None, None, None]
+    for x in (vision.MEAN, vision.STD)
+  )
+  frames = (frames - mean) / std
+  side = patch * merge
+  if F % temporal or height % side or width % side:
+    raise ValueError(
+      f"{F} frames of {height} x {width} pixels do not fit: expected a "
+      f"multiple of {temporal} frames and sides that are multiples of {side}"
+    )
+  Y, X = height // side, width // side
+  shape = B, F // temporal, temporal, Y, merge, patch, X, merge, patch, C
+  #                                        T  Y  X dy dx  C dt  y  x
+  x = frames.reshape(shape).transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
+  return x.reshape(B, -1, C * temporal * patch * patch)
 
 
 def grid_positions(h: int, w: int, merge: int) -> np.ndarray:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over masks. The one place where a kernel is chosen.
 
-Letters: B batch, T queries, S keys, N query heads, K kv heads, G = N / K,
-H head dim.
+Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def attention(
   weights = jnp.exp(scores - top)
   if mask is not None:
     weights = jnp.where(mask, weights, 0.0)
-  # Divided after the product, where there are fewer numbers. A row that sees
-  # something has a total of at least 1.
+  # Divided later, where numbers are fewer. What a row sees totals at least 1.
   total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-9)
   weights = weights.astype(value.dtype).reshape(B, K, N // K * T, S)
   out = jnp.einsum(

@@ -92,13 +92,15 @@ def make(config) -> Callable[[Batch], Batch]:
   """Pure function batch -> batch; uses `config.data.world` and `.render`.
 
   Adds patches f32[B N C], or with `render.depth` images f32[B F h w 3], depth
-  f32[B F h w] in metres, and intrinsics of every frame f32[B F 3 3].
+  f32[B F h w] in metres, and intrinsics of every frame f32[B F 3 3]; with
+  `render.frames` just frames f32[B F h w 3] in [0, 1].
   """
   world = config.data.world
   size, patch, merge = world.image_size, world.patch_size, world.merge_size
   dense = bool(config.data.render.get("dense", False))
   shadows = bool(config.data.render.get("shadows", False))
   with_depth = bool(config.data.render.get("depth", False))
+  with_frames = bool(config.data.render.get("frames", False))
 
   def observe(batch: Batch) -> Batch:
     scene = {
@@ -124,6 +126,8 @@ def make(config) -> Callable[[Batch], Batch]:
       shape = (*image.shape[:2], 3, 3)
       out["intrinsics"] = jnp.broadcast_to(camera, shape)
       out |= {"images": image, "depth": view["depth"]}
+    elif with_frames:
+      out["frames"] = view["rgb"]
     else:
       out["patches"] = patchify(image, patch, merge)
     if dense:

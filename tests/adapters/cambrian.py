@@ -275,7 +275,12 @@ def _tower_sizes(config):
       siglip,
       mlp=int(siglip["dim"] * siglip["mlp_ratio"]),
     ),
-    "clip": tower("clip-l-14-336", clip, mlp=clip["mlp"]),
+    "clip": tower(
+      "clip-l-14-336",
+      clip,
+      mlp=clip["mlp"],
+      output_layer=config["llm"]["mm_vision_select_layer"],
+    ),
     "dinov2": tower(
       "dinov2-g-14",
       dino,
@@ -297,8 +302,16 @@ def _load(model, folder, batch):
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), **cambrian.arguments(batch))
   )
+  # Towers are numbered in the case's order.
+  towers = [
+    row
+    for number, name in enumerate(model.towers)
+    for row in hf.nest(
+      cambrian.PART_KEYS.get(name, ()), f"towers.{number}.", f"{name}/"
+    )
+  ]
   return hf.load(
-    cambrian.KEYS,
+    (*towers, *cambrian.KEYS),
     folder / "weights.safetensors",
     shapes["params"],
     ignore=cambrian.IGNORE,
