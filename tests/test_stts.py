@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from spatial_jax import generate, hf, models, sharding, trees
 from spatial_jax.data import molmo2 as processing
 from spatial_jax.data import stts as data
-from spatial_jax.models import llm, molmo2, stts
+from spatial_jax.models import llm, molmo2, stts, stts_vit
 from spatial_jax.nn import packing, pruning
 from tests import manifests
 from tests.towers import TOLERANCE, jit, worst
@@ -244,13 +244,26 @@ def test_a_model_that_drops_nothing_is_molmo2():
 
 
 def test_fewer_bins_change_no_number_whether_they_suffice_or_not():
-  rows = batch()
-  want, out = forward(rows)
-  count = out["prune/packing"].count
-  assert count.max() < F
-  for bins in (count.max(), count.max() - 1):
-    got, _ = forward(rows, vision={"bins": float(bins) / F})
-    assert worst(got, want) <= TOLERANCE
+  tower = stts_vit.Tower(tiny().vision["vit"], (3,))
+  rng = np.random.default_rng(5)
+  counts = np.array([[64, 20, 20, 10], [40, 40, 20, 5]])  # in two bins each
+  kept = rng.permuted(np.arange(64) < counts[..., None], axis=-1)
+  x, weight = rng.normal(size=(2, B, F, 64, 32)).astype("f")
+  plan = jax.jit(packing.pack)(kept)
+  assert list(plan.count) == [2, 2]
+
+  def loss(params, x, bins):
+    read = tower.apply(
+      {"params": params}, x, kept, plan, 2, bins, method="run_packed"
+    )
+    return jnp.sum(weight.reshape(B, -1, 32) * read[3])
+
+  step = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+  want = step(params()["vision"]["vit"], x, F)
+  for bins in (2, 1):
+    got = step(params()["vision"]["vit"], x, bins)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      assert np.max(np.abs(a - b)) <= TOLERANCE * max(np.max(np.abs(b)), 1)
 
 
 def test_generation_goes_on_behind_the_tokens_left():

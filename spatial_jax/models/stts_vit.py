@@ -148,7 +148,14 @@ class Tower(nn.Module):
     if bins >= F or self.is_initializing():
       return run(F)
     fits = jnp.all(packing.count <= bins)
-    return jax.lax.cond(fits, lambda: run(bins), lambda: run(F))
+    # The gradient keeps what either branch needs. So the second, which is rare,
+    # computes its own again, or the first would be as large and as slow; and
+    # the first keeps products alone, since a branch's border forbids fusion.
+    few = functools.partial(run, bins)
+    if self.remat == "none":
+      products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      few = jax.checkpoint(few, policy=products)
+    return jax.lax.cond(fits, few, jax.checkpoint(lambda: run(F)))
 
 
 class Model(nn.Module):
