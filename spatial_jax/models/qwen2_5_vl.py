@@ -13,7 +13,10 @@ Departures from the paper:
 2. Positions come with the batch (`data.positions`), as do the index arrays of
    images of different sizes (`data.vision.layout`); with a static `grid` no
    index arrays are needed.
-3. The "demo" variant adds learned position and frame embeddings to the vision
+3. With `vit.prune`, STTS's scorer drops video tokens (see `stts`): the decoder
+   reads rows without them. Tokens left keep their positions. All frames of the
+   static grid are one video.
+4. The "demo" variant adds learned position and frame embeddings to the vision
    tower; see there.
 
 Letters: B batch, T length, P patches, M merged tokens, C patch values, D width,
@@ -22,6 +25,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +36,9 @@ from flax import linen as nn
 
 from spatial_jax import hf, losses
 from spatial_jax.data import vision
+from spatial_jax.data.stts import budget
 from spatial_jax.models import llm, qwen_vit
+from spatial_jax.nn.slots import drop_slots, restore, take
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -144,6 +150,7 @@ class Model(nn.Module):
   # Share of the decoder's gradient that reaches the vision tower. Below 1 where
   # the tower has losses of its own, which an untrained decoder would drown.
   vision_gradient: float = 1.0
+  temporal_weight: float = 0.5  # of the scorer's loss, if `vit` has `prune`
 
   def setup(self) -> None:
     shared = {"dtype": self.dtype, "remat": self.remat}
@@ -172,6 +179,9 @@ class Model(nn.Module):
     `out` holds "vit/tokens" [B P Dv], "vit/merged" [B M D], "llm/embedding"
     [V D], "llm/blocks" [L B T D] (the residual stream after each block) and
     "llm/hidden" [B T D] (after the last norm). See `llm.Model` for the rest.
+    With `vit.prune` it also holds "prune/scores" [B F G], "prune/stays" [B M],
+    "prune/temporal" and "llm/order" [B K], the places of the tokens left;
+    what dropped tokens would have is 0.
     """
     del train  # no dropout
     embeddings, out = self._llm.embed(tokens), {}
@@ -184,16 +194,31 @@ class Model(nn.Module):
       embeddings = llm.place(
         embeddings, merged, is_image, one_hot=self._llm.one_hot
       )
-    logits, more = self._llm(
-      tokens,
-      positions,
-      segments,
-      shared,
-      cache,
-      embeddings=embeddings,
-      last=last,
-    )
+    row = {"positions": positions, "segments": segments}
+    row["embeddings"] = embeddings
+    if shared is not None:
+      row["shared"] = shared
+    dropped = None
+    if "prune/stays" in out:
+      stays = out["prune/stays"]
+      lost = budget(self.grid[0], stays.shape[1] // self.grid[0], self._drop)
+      row, dropped, out["llm/order"] = drop_slots(
+        row, is_image, stays, tokens.shape[1] - lost, compact=False
+      )
+      if last is not None:
+        before = jnp.cumsum(dropped, axis=1)
+        last = last - jnp.take_along_axis(before, last[:, None], axis=1)[:, 0]
+    logits, more = self._llm(None, **row, cache=cache, last=last)
+    if dropped is not None:
+      back = functools.partial(restore, dropped=dropped)
+      more["llm/blocks"] = jax.vmap(back)(more["llm/blocks"])
+      more["llm/hidden"] = back(more["llm/hidden"])
+      logits = back(logits) if last is None else logits
     return logits, {**out, **more}
+
+  @property
+  def _drop(self) -> float:
+    return self.vit["prune"]["drop"]
 
   def encode(
     self,
@@ -235,9 +260,19 @@ def loss(
   logits, out = model.apply(
     {"params": params}, **arguments(batch), train=train, rngs=rngs
   )
+  rows, hidden = batch, out
+  if "llm/order" in out:  # the head has nothing to say of dropped tokens
+    order = out["llm/order"]
+    rows = {k: take(batch[k], order) for k in ("labels", "loss_weight")}
+    logits = take(logits, order)
+    hidden = {"llm/hidden": take(out["llm/hidden"], order)}
   value, metrics = llm.next_token(
-    params["llm"], logits, out, batch, model.loss_chunks
+    params["llm"], logits, hidden, rows, model.loss_chunks
   )
+  if "prune/temporal" in out:
+    metrics["temporal"] = out["prune/temporal"]
+    if train:
+      value = value + model.temporal_weight * metrics["temporal"]
   return value, (metrics, out)
 
 

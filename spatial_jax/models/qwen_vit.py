@@ -25,6 +25,8 @@ D width, N heads, H head dim, h w patch grid, Y X merge grid.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,7 +37,7 @@ from flax import linen as nn
 from spatial_jax import sharding
 from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
-from spatial_jax.nn import rope
+from spatial_jax.nn import pruning, rope, scorer
 from spatial_jax.nn.attention import attention
 from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm, fan_in_init
 from spatial_jax.types import Array, Float
@@ -61,6 +63,10 @@ KEYS = (
       ("mlp.down_proj.weight", "mlp/down/kernel"),
       ("mlp.down_proj.bias", "mlp/down/bias"),
     )
+  ),
+  *(
+    (f"temporal_token_scorer.{theirs}", f"scorer/{ours}")
+    for theirs, ours in scorer.KEYS
   ),
   ("merger.ln_q.weight", "merger/norm/scale"),
   ("merger.mlp.0.weight", "merger/up/kernel"),
@@ -101,7 +107,7 @@ class Block(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x, is_full, rotary, layout):
+  def __call__(self, x, is_full, rotary, layout, bias=None):
     R, S, D = x.shape
     y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
     qkv = Dense(3 * D, dtype=self.dtype, name="qkv")(y)
@@ -109,46 +115,48 @@ class Block(nn.Module):
     query, key, value = (qkv[:, :, i] for i in range(3))
     query, key = rope.rotate(query, rotary), rope.rotate(key, rotary)
     qkv = jnp.stack([query, key, value], axis=2)
-    y = self._attend(qkv, is_full, layout).reshape(R, S, D)
+    y = self._attend(qkv, is_full, layout, bias).reshape(R, S, D)
     y = Dense(D, dtype=self.dtype, name="out")(y)
     x = sharding.constrain(x + y, "batch patches act_embed")
     y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
     y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
     return sharding.constrain(x + y, "batch patches act_embed"), None
 
-  def _attend(self, qkv, is_full, layout):
+  def _attend(self, qkv, is_full, layout, bias):
     if self.grid is not None:
       full = _attend_rows
       windows = self._attend_windows
     else:
 
-      def full(qkv):
+      def full(qkv, _):
         return _attend_gathered(
           qkv, layout["frame_index"], layout["frame_inverse"]
         )
 
-      def windows(qkv):
+      def windows(qkv, _):
         return _attend_gathered(
           qkv, layout["window_index"], layout["window_inverse"]
         )
 
     if self.full == "all":
-      return full(qkv)
+      return full(qkv, bias)
     if self.full == "none":
-      return windows(qkv)
-    return jax.lax.cond(is_full, full, windows, qkv)
+      return windows(qkv, bias)
+    return jax.lax.cond(is_full, full, windows, qkv, bias)
 
-  def _attend_windows(self, qkv):
+  def _attend_windows(self, qkv, bias):
     """Windows of a uniform grid, cut at its right and lower border."""
     _, h, w = self.grid
     m, side = self.merge, self.window
     shape = h // m, w // m, m * m
     parts = to_windows(qkv.reshape(qkv.shape[0], *shape, *qkv.shape[2:]), side)
+    if bias is not None:
+      bias = to_windows(bias.reshape(-1, *shape), side)
     mask = None
     if shape[0] % side or shape[1] % side:
       inside = to_windows(np.ones((1, *shape), bool), side)  # [windows S]
       mask = jnp.tile(inside, (qkv.shape[0], 1))[:, None]
-    y = _attend_rows(parts, mask)
+    y = _attend_rows(parts, bias, mask)
     y = from_windows(y, side, *shape[:2])  # [R Y X 4 N H]
     return y.reshape(*qkv.shape[:2], *y.shape[4:])
 
@@ -192,6 +200,9 @@ class Model(nn.Module):
   unroll: int = 1
   position_table: tuple[int, int] | None = None  # (h, w) of the patch grid
   frame_table: int = 0  # number of frames with a learned embedding
+  # STTS's scorer (see `stts`): `drop` and, by default as published, `after` and
+  # `least` of `stts_vit.Model`. Later blocks don't see what is dropped.
+  prune: Mapping[str, Any] | None = None
 
   @property
   def patch_dim(self) -> int:
@@ -229,14 +240,7 @@ class Model(nn.Module):
     is_full = [
       not self.window or i in self.full_layers for i in range(self.layers)
     ]
-    blocks = nn.scan(
-      remat(Block, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
-      length=self.layers,
-      unroll=self.unroll,
-    )(
+    options = (
       self.heads,
       self.mlp,
       grid,
@@ -245,9 +249,37 @@ class Model(nn.Module):
       "all" if all(is_full) else "some" if any(is_full) else "none",
       self.eps,
       self.dtype,
-      name="blocks",
     )
-    x, _ = blocks(x, jnp.array(is_full), rotary, layout)
+    block, is_full = remat(Block, self.remat), jnp.array(is_full)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=self.layers,
+      unroll=self.unroll,
+    )(*options, name="blocks")
+    pruned = {}
+    if self.prune is None or self.is_initializing():
+      x, _ = blocks(x, is_full, rotary, layout)
+    if self.prune is not None:
+
+      def run(x, first, last, bias=None):
+        def step(x, layer):
+          params, is_full = layer
+          return block(*options, parent=None).apply(
+            {"params": params}, x, is_full, rotary, None, bias
+          )
+
+        if self.is_initializing():
+          return x
+        layers = blocks.variables["params"], is_full
+        layers = jax.tree.map(lambda p: p[first : last + 1], layers)
+        return jax.lax.scan(step, x, layers)[0]
+
+      x, pruned = self._score(
+        x.reshape(B, *grid[:1], -1, self.width), grid, run
+      )
     out = {"vit/tokens": x.reshape(B, P, self.width)}
     merger = Merger(
       self.out_width, self.merge**2, self.eps, self.dtype, name="merger"
@@ -260,7 +292,39 @@ class Model(nn.Module):
       size = merged.shape[1] // grid[0]
       merged = merged + jnp.repeat(table[: grid[0]], size, axis=0)[None]
     out["vit/merged"] = merged
-    return merged, out
+    return merged, {**out, **pruned}
+
+  def _score(self, x, grid, run):
+    """Blocks with STTS between them: their output, and what stays."""
+    (B, F, P, _), (_, h, w) = x.shape, grid
+    options = {"after": 3, "least": math.exp(-2), **self.prune}
+    after, least, drop = (options.pop(k) for k in ("after", "least", "drop"))
+    if options or not 0 <= after < self.layers - 1:
+      raise ValueError(
+        f"config.model.vit.prune={dict(self.prune)}: expected drop, after and "
+        f"least, with `after` from 0 to {self.layers - 2}"
+      )
+    groups = np.arange(P).reshape(-1, self.merge**2)
+    number = scorer.group_of(groups, P)
+    rows, columns = grid_positions(h, w, self.merge).T
+    shown = np.zeros((h, w), int)
+    shown[rows, columns] = number
+    videos = jnp.ones((B, F), jnp.int32)
+    x = run(x.reshape(B * F, P, -1), 0, after).reshape(x.shape)
+    scores, _ = scorer.Scorer(self.heads, self.mlp, self.dtype, name="scorer")(
+      x, groups
+    )
+    bias = pruning.key_bias(scores, videos, shown, drop, least)
+    bias = bias[:, :, rows, columns].reshape(B * F, P)
+    stays = pruning.keep(jax.lax.stop_gradient(scores), videos, drop)
+    out = {
+      "prune/scores": scores,
+      "prune/stays": stays.reshape(B, -1),
+      "prune/temporal": pruning.temporal_loss(x, scores, videos, groups, drop),
+    }
+    x = run(x.reshape(B * F, P, -1), after + 1, after + 1, bias)
+    hidden = jnp.where(stays[..., number], 0.0, -1e9).reshape(B * F, P)
+    return run(x, after + 2, self.layers - 1, hidden), out
 
   def _table(self, name, rows, width):
     init = nn.initializers.normal(0.02)
@@ -282,6 +346,11 @@ class Model(nn.Module):
     return x.reshape(x.shape[0], -1, self.width)
 
   def _check(self, patches, grid, layout):
+    if self.prune is not None and grid is None:
+      raise ValueError(
+        "config.model.vit.prune needs a static grid (config.model.grid): how "
+        "many tokens stay must be known"
+      )
     if (grid is None) == (layout is None):
       raise ValueError(
         "the vision tower needs either a static grid (frames, h, w) or a "
@@ -325,9 +394,10 @@ class _Table(nn.Module):
     return self.param("embedding", self.init, (self.rows, self.width))
 
 
-def _attend_rows(qkv, mask=None):
-  """Attention of [R S 3 N H] within each row."""
-  return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask)
+def _attend_rows(qkv, bias=None, mask=None):
+  """Attention of [R S 3 N H] within each row; bias [R S] is the keys'."""
+  bias = None if bias is None else bias[:, None]
+  return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, bias)
 
 
 def _attend_gathered(qkv, index, inverse):
@@ -345,7 +415,7 @@ def _attend_gathered(qkv, index, inverse):
     flat, jnp.minimum(index, P - 1).reshape(B, -1, 1), axis=1
   )
   mask = (index < P).reshape(B * sets, 1, S)
-  y = _attend_rows(picked.reshape(B * sets, S, 3, N, H), mask)
+  y = _attend_rows(picked.reshape(B * sets, S, 3, N, H), mask=mask)
   y = y.reshape(B, sets * S, N * H)
   y = jnp.take_along_axis(y, inverse[..., None], axis=1)
   return y.reshape(B, P, N, H)

@@ -43,6 +43,8 @@ from flax import linen as nn
 from spatial_jax import hf, losses
 from spatial_jax.data.stts import budget
 from spatial_jax.models import llm, molmo2, molmo2_vit, stts_vit
+from spatial_jax.nn import scorer
+from spatial_jax.nn.slots import drop_slots, earlier, restore, take
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -85,22 +87,7 @@ VARIANTS = {
 }
 
 
-def _linear(theirs, ours):
-  return (
-    (f"{theirs}.weight", f"{ours}/kernel"),
-    (f"{theirs}.bias", f"{ours}/bias"),
-  )
-
-
-SCORER_KEYS = (
-  *_linear("patch_token_pooler.wq", "query"),
-  *_linear("patch_token_pooler.wk", "key"),
-  *_linear("patch_token_pooler.wv", "value"),
-  *_linear("patch_token_pooler.wo", "out"),
-  *_linear("mlp.w1", "up"),
-  *_linear("mlp.w2", "middle"),
-  *_linear("mlp.w3", "down"),
-)
+SCORER_KEYS = scorer.KEYS
 _SCORER = hf.nest(
   SCORER_KEYS,
   "model.vision_backbone.image_vit.transformer.temporal_token_scorer.",
@@ -175,7 +162,7 @@ class Model(nn.Module):
     if cache is not None:
       cache = dict(cache)
       shift = cache.pop("shift")
-      row["positions"] = _earlier(positions, shift[:, None])
+      row["positions"] = earlier(positions, shift[:, None])
     if images is not None:
       row, dropped, out = self._prune(
         tokens, row, images, pooling, videos, kept_mask
@@ -190,7 +177,7 @@ class Model(nn.Module):
       more["cache"]["shift"] = shift
     out |= {**more, "llm/logits": logits}
     if dropped is not None and last is None:
-      logits = _restore(logits, dropped)
+      logits = restore(logits, dropped)
     return logits, out
 
   def _prune(self, tokens, row, images, pooling, videos, kept_mask):
@@ -209,14 +196,9 @@ class Model(nn.Module):
       videos = jnp.ones((B, F), jnp.int32)
     visual, stays, out = self._vision(images, pooling, videos, min(Q - lost, K))
     is_image = tokens == self.image_token
-    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, Q - 1)
-    dropped = is_image & ~jnp.take_along_axis(stays, index, axis=1)
-    order = jnp.argsort(dropped, axis=1, stable=True)[:, :K]
-    row = dict(row, segments=jnp.where(dropped, 0, row["segments"]))
-    if not self.keep_positions:
-      before = jnp.cumsum(dropped, axis=1)
-      row["positions"] = _earlier(row["positions"], before)
-    row = {name: _take(x, order, name) for name, x in row.items()}
+    row, dropped, order = drop_slots(
+      row, is_image, stays, K, compact=not self.keep_positions
+    )
     if kept_mask is not None:
       row["segments"] = jnp.where(kept_mask, row["segments"], 0)
     here = jnp.take_along_axis(is_image & ~dropped, order, axis=1)
@@ -228,28 +210,6 @@ class Model(nn.Module):
     """Empty decoder cache; callable without parameters."""
     cache = self._decoder(parent=None).init_cache(batch, length)
     return {**cache, "shift": jnp.zeros(batch, jnp.int32)}
-
-
-def _earlier(positions, shift):
-  """Positions [B T] or [B 3 T] minus a shift [B T]."""
-  return positions - (shift[:, None] if positions.ndim == 3 else shift)
-
-
-def _take(x, order, name):
-  """The tokens of `order` of an array [B T], [B 3 T] or [B T D]."""
-  if name == "embeddings":
-    return jnp.take_along_axis(x, order[..., None], axis=1)
-  return jnp.take_along_axis(x, order[:, None] if x.ndim == 3 else order, -1)
-
-
-def _restore(logits, dropped):
-  """Logits [B K V] at their tokens' places in the row [B T V]."""
-  place = jnp.cumsum(~dropped, axis=1) - 1
-  there = ~dropped & (place < logits.shape[1])
-  place = jnp.clip(place, 0, logits.shape[1] - 1)[..., None]
-  return jnp.where(
-    there[..., None], jnp.take_along_axis(logits, place, axis=1), 0
-  )
 
 
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -277,7 +237,7 @@ def loss(
   )
   left = {name: batch[name] for name in ("labels", "loss_weight")}
   if "llm/order" in out:
-    left = {name: _take(x, out["llm/order"], name) for name, x in left.items()}
+    left = {name: take(x, out["llm/order"]) for name, x in left.items()}
   value, metrics = llm.next_token(
     params["llm"], out["llm/logits"], out, left, model.loss_chunks
   )

@@ -29,27 +29,32 @@ from flax import linen as nn
 from spatial_jax.data import molmo2 as processing
 from spatial_jax.models import llm, molmo2_vit, vit
 from spatial_jax.nn import packing as packing_lib
-from spatial_jax.nn import pruning
+from spatial_jax.nn import pruning, scorer
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
+Read = dict[int, Array]  # block -> its output
 
 
 class Tower(nn.Module):
   """Molmo2's ViT, of which some blocks at a time are run."""
 
   sizes: Mapping[str, Any]  # of `vit.Model`
-  dtype: str
-  remat: str
+  read: tuple[int, ...]  # blocks whose outputs are wanted
+  dtype: str = "float32"
+  remat: str = "none"
 
   def setup(self) -> None:
     self.tower = tower = vit.Model(**self.sizes, parent=None)
     if tower.prefix or tower.final_norm != "none" or tower.layer_scale:
-      raise ValueError("config.model.vision.vit: expected a tower as Molmo2's")
+      raise ValueError(
+        "config.model.vision.vit: expected Molmo2's tower, without a class "
+        "token, registers, layer scale and final norm"
+      )
     block = llm.remat(vit.Block, self.remat)
     options = tower.heads, tower.mlp, tower.activation
     more = {"eps": tower.eps, "dtype": self.dtype}
-    self.block = functools.partial(block, *options, **more)
+    self.block = functools.partial(block, *options, **more, parent=None)
     self.patch_embed = vit.PatchEmbed(
       tower.width, tower.patch, dtype=self.dtype
     )
@@ -77,13 +82,23 @@ class Tower(nn.Module):
     x: Float[Array, "B P D"],
     first: int,
     last: int,
+    *,
     mask: Bool[Array, "B P P"] | None = None,
     bias: Float[Array, "B 1 P"] | None = None,
-  ) -> Float[Array, "B P D"]:
-    """Residual stream after block `last`, from that before block `first`."""
-    if self.is_initializing() or first > last:
+  ) -> tuple[Float[Array, "B P D"], Read]:
+    """Blocks first..last: the last one's output, and those to be read."""
+    read = {}
+    for stop in sorted({i for i in self.read if first <= i < last} | {last}):
+      x = self._scan(x, first, stop, mask, bias)
+      first = stop + 1
+      if stop in self.read:
+        read[stop] = x
+    return x, read
+
+  def _scan(self, x, first, last, mask, bias):
+    if self.is_initializing():  # `embed` makes all parameters
       return x
-    block = self.block(parent=None)
+    block = self.block()
 
     def step(x, params):
       (x, _), _ = block.apply({"params": params}, (x, ()), 0, mask, bias)
@@ -91,7 +106,49 @@ class Tower(nn.Module):
 
     params = self.blocks.variables["params"]
     params = jax.tree.map(lambda p: p[first : last + 1], params)
-    return jax.lax.scan(step, x, params)[0]
+    return jax.lax.scan(step, x, params, unroll=self.tower.unroll)[0]
+
+  def run_packed(
+    self,
+    x: Float[Array, "B F P D"],
+    kept: Bool[Array, "B F P"],
+    packing: packing_lib.Packing,
+    first: int,
+    bins: int,
+  ) -> Read:
+    """Outputs [B F*P D] to be read from block `first` on.
+
+    They are zeros at what isn't kept.
+
+    Args:
+      bins: rows that frames are packed in; as many as there are frames where a
+        row of the batch needs more.
+    """
+    B, F, P = kept.shape
+    kept, x = kept.reshape(B, F * P), x.reshape(B, F * P, -1)
+    # Refilled patches are computed, but only their frame sees them.
+    back = jnp.where(kept, packing.target, -1)
+    is_kept = jnp.take_along_axis(kept, jnp.maximum(packing.source, 0), axis=1)
+    there = jnp.where(is_kept, packing.source, -1)
+
+    def run(bins):
+      here = slice(0, bins * P)
+      y = packing_lib.pick(x, packing.source[:, here], packing.target)
+      frame = packing.frame[:, :bins].reshape(B * bins, P)
+      mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
+      y = y.reshape(B * bins, P, -1)
+      _, read = self.run(y, first, max(self.read), mask=mask)
+      return {
+        i: packing_lib.pick(y.reshape(B, bins * P, -1), back, there[:, here])
+        for i, y in read.items()
+      }
+
+    if max(self.read) < first:
+      return {}
+    if bins >= F or self.is_initializing():
+      return run(F)
+    fits = jnp.all(packing.count <= bins)
+    return jax.lax.cond(fits, lambda: run(bins), lambda: run(F))
 
 
 class Model(nn.Module):
@@ -112,7 +169,7 @@ class Model(nn.Module):
   dtype: str = "float32"
   remat: str = "none"
 
-  def groups(self, side: int) -> pruning.Groups:
+  def groups(self, side: int) -> scorer.Groups:
     """Patches of each group of a frame of so many pixels."""
     h = side // self.vit["patch"]
     return processing.pooling(1, h, h, self.pool)
@@ -130,51 +187,38 @@ class Model(nn.Module):
     `out` holds "vit/scored" and "vit/biased" [B F P D] (the residual stream at
     the scorer, and after the block that it biases), "vit/features" [B F*P C],
     "vit/merged" [B M E], and as "prune/...": `scores` [B F G], `pooled`
-    [B F G D], `bias` and `kept` [B F P], `packing` (see `nn.packing.Packing`)
-    and `temporal`, the auxiliary loss.
+    [B F G D], `bias` and `kept` [B F P], `packing` (see `nn.packing.Packing`),
+    `temporal`, the auxiliary loss, and `stays` [B Q].
     """
     B, F = images.shape[:2]
-    tower = Tower(self.vit, self.dtype, self.remat, name="vit")
+    tower = Tower(self.vit, self.read, self.dtype, self.remat, name="vit")
     groups = self.groups(images.shape[2])
+    after = self.after
     x = tower.embed(images.reshape(B * F, *images.shape[2:]))
-    x, read = self._through(tower, x, 0, self.after)
+    x, read = tower.run(x, 0, after)
     x = x.reshape(B, F, *x.shape[1:])
     bias, kept, out = self._score(x, groups, videos)
-    x, more = self._through(
-      tower,
-      x.reshape(B * F, *x.shape[2:]),
-      self.after + 1,
-      self.after + 1,
-      bias=bias.reshape(B * F, 1, -1),
-    )
-    read |= more
-    read = {i: y.reshape(B, F * y.shape[1], -1) for i, y in read.items()}
-    out["vit/biased"] = x.reshape(B, F, *x.shape[1:])
+    x = x.reshape(B * F, *x.shape[2:])
+    bias = bias.reshape(B * F, 1, -1)
+    x, more = tower.run(x, after + 1, after + 1, bias=bias)
+    x = out["vit/biased"] = x.reshape(*kept.shape, -1)
     out["prune/packing"] = packing = packing_lib.pack(kept, refill=self.refill)
-    x = x.reshape(B, F * x.shape[1], -1)
-    read |= self._packed(tower, x, kept, packing)
+    read = {
+      i: y.reshape(B, F * y.shape[1], -1) for i, y in (read | more).items()
+    }
+    bins = math.ceil(F * self.bins)
+    read |= tower.run_packed(x, kept, packing, after + 2, bins)
     features = jnp.concatenate([read[i] for i in self.read], axis=-1)
     merged, stays = self._pool(features, pooling, kept, slots)
     out |= {"vit/features": features, "vit/merged": merged}
-    return merged, stays, out
-
-  def _through(self, tower, x, first, last, bias=None, mask=None):
-    """Residual stream after blocks first..last, and after those to be read."""
-    read = {}
-    for stop in sorted({i for i in self.read if first <= i < last} | {last}):
-      x = tower.run(x, first, stop, mask, bias)
-      first = stop + 1
-      if stop in self.read:
-        read[stop] = x
-    return x, read
+    return merged, stays, {**out, "prune/stays": stays}
 
   def _score(self, x, groups, videos):
     """Bias of the next block [B F P], patches left [B F P], intermediates."""
-    scorer = pruning.Scorer(
+    scores, pooled = scorer.Scorer(
       self.vit["heads"], self.vit["mlp"], self.dtype, name="scorer"
-    )
-    scores, pooled = scorer(x, groups)
-    number = pruning.group_of(groups, x.shape[2])
+    )(x, groups)
+    number = scorer.group_of(groups, x.shape[2])
     side = math.isqrt(x.shape[2])
     bias = pruning.key_bias(
       scores, videos, number.reshape(side, side), self.drop, self.least
@@ -185,37 +229,6 @@ class Model(nn.Module):
     out = {"scores": scores, "pooled": pooled, "bias": bias, "kept": kept}
     out = {f"prune/{name}": y for name, y in out.items()}
     return bias, kept, {**out, "prune/temporal": temporal, "vit/scored": x}
-
-  def _packed(self, tower, x, kept, packing):
-    """What is read of the blocks after the biased one, in place [B F*P D]."""
-    first = self.after + 2
-    last = max(self.read)
-    if last < first:
-      return {}
-    B, F, P = kept.shape
-    kept = kept.reshape(B, F * P)
-    # Refilled patches are computed, but only their frame sees them.
-    back = jnp.where(kept, packing.target, -1)
-    is_kept = jnp.take_along_axis(kept, jnp.maximum(packing.source, 0), axis=1)
-    there = jnp.where(is_kept, packing.source, -1)
-
-    def run(bins):
-      here = slice(0, bins * P)
-      y = packing_lib.pick(x, packing.source[:, here], packing.target)
-      frame = packing.frame[:, :bins].reshape(B * bins, P)
-      mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
-      y = y.reshape(B * bins, P, -1)
-      _, read = self._through(tower, y, first, last, mask=mask)
-      return {
-        i: packing_lib.pick(y.reshape(B, bins * P, -1), back, there[:, here])
-        for i, y in read.items()
-      }
-
-    few = math.ceil(F * self.bins)
-    if few >= F or self.is_initializing():
-      return run(F)
-    fits = jnp.all(packing.count <= few)
-    return jax.lax.cond(fits, lambda: run(few), lambda: run(F))
 
   def _pool(self, features, pooling, kept, slots):
     """Tokens of the first groups with a patch left, and which have [B Q]."""

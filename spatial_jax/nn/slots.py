@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows with a fixed number of slots, of which some stay empty.
 
-Letters: B batch, T length, M slots.
+Letters: B batch, T length, M slots, Q slots before some are dropped, K length
+after it, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 
-from spatial_jax.types import Array, Bool, Int
+from spatial_jax.types import Array, Bool, Float, Int
 
 
 def close_gaps(
@@ -34,3 +37,62 @@ def close_gaps(
   before = jnp.cumsum(empty, axis=1)
   positions = positions - before[:, None]
   return positions, jnp.where(empty, 0, segments), before[:, -1]
+
+
+def drop_slots(
+  row: Mapping[str, Array],
+  is_slot: Bool[Array, "B T"],
+  stays: Bool[Array, "B Q"],
+  length: int,
+  *,
+  compact: bool = True,
+) -> tuple[dict[str, Array], Bool[Array, "B T"], Int[Array, "B K"]]:
+  """Rows without some of their slots, of K = `length` tokens.
+
+  The k-th slot of a row is dropped unless its `stays` has a k-th True. Rows
+  that keep fewer than K tokens end with dropped ones, which become padding
+  (segment 0). Also returns which tokens are dropped, and the places in the row
+  of those that are left.
+
+  Args:
+    row: arrays [B T], [B T D] or, positions, [B 3 T]; needs positions and
+      segments.
+    compact: positions count one less for each dropped token before them.
+  """
+  Q = stays.shape[1]
+  index = jnp.clip(jnp.cumsum(is_slot, axis=1) - 1, 0, Q - 1)
+  dropped = is_slot & ~jnp.take_along_axis(stays, index, axis=1)
+  order = jnp.argsort(dropped, axis=1, stable=True)[:, :length]
+  row = dict(row, segments=jnp.where(dropped, 0, row["segments"]))
+  if compact:
+    before = jnp.cumsum(dropped, axis=1)
+    row["positions"] = earlier(row["positions"], before)
+  left = {name: take(x, order, name) for name, x in row.items()}
+  return left, dropped, order
+
+
+def earlier(
+  positions: Int[Array, "B T"] | Int[Array, "B 3 T"], shift: Int[Array, "B S"]
+) -> Int[Array, "B T"] | Int[Array, "B 3 T"]:
+  """Positions minus a shift of each token, or of each row (S = 1)."""
+  return positions - (shift[:, None] if positions.ndim == 3 else shift)
+
+
+def take(x: Array, order: Int[Array, "B K"], name: str = "") -> Array:
+  """The tokens `order` of an array [B T], [B T D] or, "positions", [B 3 T]."""
+  if x.ndim == 2:
+    return jnp.take_along_axis(x, order, axis=1)
+  if name == "positions":
+    return jnp.take_along_axis(x, order[:, None], axis=2)
+  return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def restore(
+  x: Float[Array, "B K D"], dropped: Bool[Array, "B T"]
+) -> Float[Array, "B T D"]:
+  """What belongs to the tokens left, at their places; zeros elsewhere."""
+  K = x.shape[1]
+  place = jnp.cumsum(~dropped, axis=1) - 1
+  there = ~dropped & (place < K)
+  y = jnp.take_along_axis(x, jnp.clip(place, 0, K - 1)[..., None], axis=1)
+  return jnp.where(there[..., None], y, 0)
