@@ -22,7 +22,8 @@ read from there, 102 MB a video, where this wrote them:
 
   python -m spatial_jax cache --config=configs/spatial_mllm_sft.py:...,cache=DIR
 
-`world` trains a tiny model from scratch; `test` is two steps of it.
+`world` trains a tiny model from scratch; `test` is two steps of it, with what
+is published as frozen.
 """
 
 from ml_collections import ConfigDict
@@ -63,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     _videos(c, arg)
   if arg.test:
     c.steps, c.batch_size = 2, 8
+    c.optimizer.freeze = (*FROZEN, ("vggt/.*", True), (".*", False))
     c.data.world.rooms = 16
     c.evals.vsi.rooms = 8
   return c

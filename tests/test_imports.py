@@ -40,12 +40,15 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # Data workers and question generation start without jax.
 WITHOUT_JAX = (
   "types",
+  "data.actions",
   "data.cambrian",
   "data.images",
+  "data.libero",
   "data.molmo2",
   "data.pipeline",
   "data.stts",
   "data.text",
+  "data.tfrecord",
   "data.vision",
   "evaluators.choices",
   "evaluators.qa",
@@ -59,6 +62,7 @@ WITHOUT_JAX = (
   "world.dataset",
   "world.layouts",
   "world.questions",
+  "world.reaching",
   "world.scene",
   "world.targets",
   "world.visibility",
