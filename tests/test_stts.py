@@ -140,8 +140,7 @@ def test_packed_patches_come_back_and_gradients_with_them():
 
 
 def tiny(vision=None, **more):
-  vision = {"drop": 0.5, "read": (3,), **(vision or {})}
-  vision["vit"] = {"layers": 4, **vision.get("vit", {})}
+  vision = {"drop": 0.5, **(vision or {})}
   c = config(variant="tiny", image_token=IMAGE, vision=vision, **more)
   return models.build(c)[0]
 
