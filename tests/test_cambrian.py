@@ -56,9 +56,9 @@ def test_the_table_fits_the_published_checkpoints(variant):
   params = {k: v for k, v in shapes(variant).items() if k in ("llm", "sva")}
   assert trees.count(params) == COUNTS[variant]
   tensors = manifests.read("cambrian")[f"nyu-visionx/cambrian-{variant}"]
-  start = time.perf_counter()
+  start = time.process_time()
   entries = hf.plan(cambrian.KEYS, tensors, params)
-  assert time.perf_counter() - start < 1
+  assert time.process_time() - start < 1
   assert {entry.path for entry in entries} == set(trees.flatten(params))
   sharding.parameters(shapes(variant), sharding.mesh(fsdp=4, tensor=2))
 
