@@ -225,6 +225,7 @@ class Model(nn.Module):
   patch: int = 14
   image_size: int = 518  # side of the frames that the position table is for
   registers: int = 4
+  position_std: float = 0.02  # of the first position table
   dtype: str = "float32"
   stream: str = "float32"
   remat: str = "none"
@@ -245,7 +246,9 @@ class Model(nn.Module):
 
     side = self.image_size // self.patch
     table = tokens(
-      "position", 1 + side**2, nn.initializers.truncated_normal(0.02)
+      "position",
+      1 + side**2,
+      nn.initializers.truncated_normal(self.position_std),
     )
     table = resize_positions(table, grid)
     cls = tokens("cls", 1) + table[:, :1]

@@ -165,6 +165,7 @@ class Aggregator(nn.Module):
   vit_heads: int = 16
   layer_scale: float = 0.01
   token_std: float = 1e-6
+  position_std: float = 0.02
   keep: tuple[int, ...] = (23,)  # ascending
   dtype: str = "float32"
   precision: str = "autocast"
@@ -203,6 +204,7 @@ class Aggregator(nn.Module):
       self.patch,
       self.image_size,
       self.registers,
+      self.position_std,
       **shared,
       name="vit",
     )((images.astype(self.stream) - mean) / std)
@@ -307,6 +309,7 @@ class Model(nn.Module):
   frame_chunk: int = 8  # frames that a dense head sees at a time
   layer_scale: float = 0.01  # first value
   token_std: float = 1e-6  # of the first camera and register tokens
+  position_std: float = 0.02  # of the first position table
   loss_weights: Mapping[str, float] | None = None  # of `vggt_loss.compute`
   dtype: str = "float32"
   precision: str = "autocast"
@@ -363,6 +366,7 @@ class Model(nn.Module):
       self.vit_heads,
       self.layer_scale,
       self.token_std,
+      self.position_std,
       keep,
       self.dtype,
       self.precision,

@@ -19,6 +19,7 @@ from spatial_jax.world import scene as scene_lib
 
 SPLITS = ("train", "validation", "test")
 CLEARANCE = 0.45  # metres from an eye to walls and objects
+SWAY = 0.15  # how uneven a turn is, as a part of the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Views:
     frames: int,
     image_size: int,
     fov_degrees: float = 100.0,
-    turn_degrees: float = 45.0,
+    turn_degrees: float = 30.0,
     reach: float = 0.7,
     scene: dict | None = None,
   ):
@@ -99,18 +100,19 @@ def stroll(
   rng: np.random.Generator,
   frames: int,
   *,
-  turn_degrees: float = 45.0,
+  turn_degrees: float = 30.0,
   reach: float = 0.7,
   height: tuple[float, float] = (1.1, 1.8),
   pitch_degrees: tuple[float, float] = (-30.0, 0.0),
 ) -> Float[np.ndarray, "F 4 4"]:
-  """Views that overlap: a few steps and a turn of the head apart.
+  """Views that overlap: the head turns on, a few steps to the side between.
 
   The first looks across the room; each other one is near the first and turned
-  from it, so that every pair shares part of what it sees.
+  on from the one before, to the same side, so that neighbours share most of
+  what they see.
 
   Args:
-    turn_degrees: largest turn from the first view, to either side.
+    turn_degrees: largest turn from one view to the next, to either side.
     reach: metres between the first eye and the others, at most.
     height: of the eyes; each frame has its own.
     pitch_degrees: of the views; positive looks up.
@@ -130,8 +132,10 @@ def stroll(
 
   middle = (low + high) / 2
   ahead = np.arctan2(*(middle - at)[::-1]) + rng.uniform(-0.6, 0.6)
-  turn = np.radians(rng.uniform(-turn_degrees, turn_degrees, frames))
-  turn[0] = 0
+  rate = rng.uniform(-1, 1)
+  sway = rng.uniform(-SWAY, SWAY, frames)
+  turn = np.radians(turn_degrees) * (rate * np.arange(frames) + sway)
+  turn -= turn[0]
   top = float(scene["room_height"]) - 0.2
   level = np.minimum(rng.uniform(*height, frames), top)
   pitch = np.radians(rng.uniform(*pitch_degrees, frames))
