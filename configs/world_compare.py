@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five mechanisms on one small backbone: same rooms, questions, optimizer.
 
-  python launch/world_compare.py --workdir=runs/compare            # two CPU cores
+  python launch/world_compare.py --workdir=runs/compare
   python launch/world_compare.py --workdir=runs/compare --config=gpu
 
 trains and scores every row of `ROWS`, and writes one table and plots. Or one of
@@ -23,31 +23,38 @@ from ml_collections import ConfigDict
 from configs import common, demo, vggt_world
 from spatial_jax.models import vggt
 
-_DEMO = vggt.VARIANTS["demo"]
-_NAMES = ("width", "depth", "heads", "patch", "image_size", "vit_depth")
-_NAMES += ("vit_heads", "layer_scale", "token_std")
-VGGT = {name: _DEMO[name] for name in _NAMES}
+
+def _vggt(test: bool) -> dict:
+  """The part of the stage's VGGT that makes tokens."""
+  names = ("width", "depth", "heads", "patch", "image_size", "vit_depth")
+  names += ("vit_heads", "layer_scale", "token_std")
+  model = vggt.VARIANTS["demo"]
+  model = model | vggt_world.get_config("test" if test else "cpu").model
+  return {name: model[name] for name in names} | {"keep": (model["depth"] - 1,)}
 
 
-def _prune(drop):
-  return {"vit": {"prune": {"drop": drop, "after": 0}}}
+def rows(test: bool = False) -> dict[str, dict]:
+  """What the model of each row has beyond the plain one."""
+  geometry = _vggt(test)
+  # The first block sees all, the second scores as bias, the third what stays.
+  pruned = {
+    f"pruned_{percent}": {"vit": {"prune": {"drop": percent / 100, "after": 0}}}
+    for percent in (30, 50, 70)
+  }
+  return {
+    "plain": {},
+    "dual": {"vggt": geometry, "stages": ("fuse",)},
+    "sva": {"vggt": geometry, "sva": {"width": 96, "depth": 2, "heads": 3}},
+    # True depth and poses.
+    "patches_3d": {"lift": {"level": True, "samples": 4, "waves": 6}},
+    "forcing": {
+      "align": {"layer": 2, "width": 2 * geometry["width"]},
+      "teacher": geometry,
+    },
+    **pruned,
+  }
 
 
-# What a row's model has beyond the plain one.
-ROWS = {
-  "plain": {},
-  "dual": {"vggt": VGGT, "stages": ("fuse",)},
-  "sva": {"vggt": VGGT, "sva": {"width": 96, "depth": 2, "heads": 3}},
-  # True depth and poses.
-  "patches_3d": {"lift": {"level": True, "samples": 4, "waves": 6}},
-  "forcing": {
-    "align": {"layer": 2, "width": 2 * _DEMO["width"], "weight": 0.5},
-    "teacher": VGGT,
-  },
-  "pruned_30": _prune(0.3),
-  "pruned_50": _prune(0.5),
-  "pruned_70": _prune(0.7),
-}
 # Parameters that the vision stage doesn't have.
 NEW = r"(vggt|connector|sva|lift|align|teacher|vit/scorer)/.*"
 
@@ -63,10 +70,11 @@ def get_config(arg: str = "") -> ConfigDict:
     gpu=False,
     test=False,
   )
-  if arg.row not in ROWS or arg.stage not in ("vision", "vggt", "joint"):
+  known = rows(arg.test)
+  if arg.row not in known or arg.stage not in ("vision", "vggt", "joint"):
     raise ValueError(
       f"row={arg.row!r}, stage={arg.stage!r}: expected a row of "
-      f"{', '.join(ROWS)} and a stage of vision, vggt, joint"
+      f"{', '.join(known)} and a stage of vision, vggt, joint"
     )
   if arg.stage == "vggt":
     c = vggt_world.get_config("test" if arg.test else "cpu")
@@ -84,27 +92,26 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg.gpu:
     c.steps, c.batch_size = 4000, 64
     c.evals.vsi.rooms = 1024
+  if arg.test:
+    c.model.vit.layers = 2  # the scorer needs one block after its own
   if not is_vision:
-    _mechanism(c, arg)
+    _mechanism(c, ConfigDict(known[arg.row]), arg.vggt)
   return c
 
 
-def _mechanism(c: ConfigDict, arg: ConfigDict) -> None:
-  row = ConfigDict(ROWS[arg.row])
+def _mechanism(c: ConfigDict, row: ConfigDict, weights: str) -> None:
   c.model_name = "mechanisms"
   c.model.update(row)
   c.data.render.frames = True
   c.data.render.depth = "lift" in row
-  frozen = [name for name in ("vggt", "teacher") if name in row]
-  c.init_new = (*c.init_new, *([NEW] if row else []))
-  if arg.vggt:
-    c.init_parts = ConfigDict({name: arg.vggt for name in frozen})
-  else:
-    frozen = ["teacher"] * ("teacher" in row)
-  c.optimizer.freeze = (
-    *((f"{name}/.*", True) for name in frozen),
-    (".*", False),
-  )
+  if row:
+    c.init_new = (*c.init_new, NEW)
+  # As published, who sees geometry stays as it was trained.
+  parts = [name for name in ("vggt", "teacher") if name in row]
+  frozen = [f"{name}/.*" for name in parts if weights or name == "teacher"]
+  c.optimizer.freeze = (*((name, True) for name in frozen), (".*", False))
+  if weights:
+    c.init_parts = ConfigDict(dict.fromkeys(parts, weights))
   if "vit" in row:
     from spatial_jax.data import stts
 
@@ -113,5 +120,3 @@ def _mechanism(c: ConfigDict, arg: ConfigDict) -> None:
     lost = stts.budget(world.frames, group, row.vit.prune.drop)
     prefix, chunk = c.model.llm.packing
     c.model.llm.packing = (prefix - lost, chunk)
-  if arg.test:
-    c.model.vit.layers = 2  # the scorer needs one block after its own
