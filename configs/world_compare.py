@@ -28,8 +28,8 @@ def _vggt(test: bool) -> dict:
   """The part of the stage's VGGT that makes tokens."""
   names = ("width", "depth", "heads", "patch", "image_size", "vit_depth")
   names += ("vit_heads", "layer_scale", "token_std")
-  model = vggt.VARIANTS["demo"]
-  model = model | vggt_world.get_config("test" if test else "cpu").model
+  changed = vggt_world.get_config("test" if test else "cpu").model.to_dict()
+  model = {**vggt.VARIANTS["demo"], **changed}
   return {name: model[name] for name in names} | {"keep": (model["depth"] - 1,)}
 
 
@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = demo.get_config(",".join(options))
   c.seed = c.data.seed = arg.seed
   if not arg.test:
-    c.steps = 250 if is_vision else 300
+    c.steps = 200 if is_vision else 300
     c.evals.vsi.rooms = 192
   if arg.gpu:
     c.steps, c.batch_size = 4000, 64

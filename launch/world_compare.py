@@ -101,7 +101,7 @@ def run(folder: pathlib.Path, row: str, seed: int, size: str, vggt: str):
   config.init_from = str(vision)
   train(config, here)
   scores = evaluate.main(config, str(here))["vsi"]
-  speeds = [r.get("steps_per_second") for r in metrics.read(here)]
+  speeds = [r.get("steps_per_second") for r in metrics.read(str(here))]
   kinds = {k: v["score"] for k, v in scores["per_type"].items()}
   result = {
     "row": row,
@@ -224,7 +224,7 @@ def write(folder: pathlib.Path, table: dict[str, dict], minutes: float):
     if values:
       title = "VSI macro" if name == "macro" else f"{name} questions"
       drawings[name] = drawing.draw_intervals(values, title)
-  curves = {row: metrics.read(folder / f"{row}-0") for row in table}
+  curves = {row: metrics.read(str(folder / f"{row}-0")) for row in table}
   drawings["loss"] = drawing.draw_curves(curves, "loss", "loss", width=720)
   for name, svg in drawings.items():
     (folder / f"{name}.svg").write_text(svg)

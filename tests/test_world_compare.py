@@ -140,7 +140,7 @@ def test_what_is_finished_is_not_repeated_and_everything_is_written(
   finally:
     jax.config.update("jax_compilation_cache_dir", compiled)
   text = (tmp_path / "table.md").read_text()
-  assert "| plain | 51.0 ± 2.5 |" in text and "| sva | -1.0 |" not in text
+  assert "| plain | 51.0 ± 2.5 |" in text and "| sva | +0.0 |" in text
   page = (tmp_path / "report.html").read_text()
   assert not re.search(r"(src|href)=\"(?!data:|#)", page)
   for name in ("macro", "distance", "direction", "loss"):

@@ -198,26 +198,15 @@ class Model(nn.Module):
     """
     patches, see = None, None
     if frames is not None:
-      vit = self._vit
-      pixels = _unit(frames)
-      patches = qwen_vit.patchify(
-        pixels, vit.temporal_patch, vit.patch, vit.merge
-      )
+      vit, pixels = self._vit, spatial_mllm.unit(frames)
+      sizes = vit.temporal_patch, vit.patch, vit.merge
+      patches = qwen_vit.patchify(pixels, *sizes)
       cameras = depth, intrinsics, world_from_camera
       see = functools.partial(self.see, pixels, cameras, geometry)
     if self.is_initializing():
       forcing.initialize(self._align, self._teacher, self.llm["width"])
-    return self._base(
-      tokens,
-      positions,
-      segments,
-      shared,
-      patches,
-      cache=cache,
-      see=see,
-      last=last,
-      train=train,
-    )
+    row = tokens, positions, segments, shared, patches
+    return self._base(*row, cache=cache, see=see, last=last, train=train)
 
   @property
   def _vit(self) -> qwen_vit.Model:
@@ -271,10 +260,6 @@ class Model(nn.Module):
       total, more = total.astype(self.dtype), {**more, **lifted}
     return total, more
 
-  def encode(self, *args, **kwargs):
-    """Vision tower alone; see `qwen2_5_vl.Model`."""
-    return self._base.encode(*args, **kwargs)
-
   def force(
     self,
     tokens: Int[Array, "B T"],
@@ -288,7 +273,7 @@ class Model(nn.Module):
       features: the teacher's, computed before.
     """
     shape = len(tokens), *self.merged_grid
-    frames = _unit(frames)[:, :: self._vit.temporal_patch]
+    frames = spatial_mllm.unit(frames)[:, :: self._vit.temporal_patch]
     features = forcing.teach(self._teacher, frames, features)
     x = forcing.select(out, self._align.layer, self.llm["layers"])
     is_image = (tokens == self.image_token) | (tokens == self.video_token)
@@ -302,12 +287,6 @@ class Model(nn.Module):
     """Empty decoder cache; callable without parameters."""
     decoder = {"dtype": self.dtype, **self.llm}
     return llm.Model(**decoder, parent=None).init_cache(batch, length)
-
-
-def _unit(pixels):
-  """RGB in [0, 1]."""
-  scale = 255 if pixels.dtype == jnp.uint8 else 1
-  return jnp.asarray(pixels, jnp.float32) / scale
 
 
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -335,14 +314,8 @@ def loss(
   )
   if train and model.align is not None:
     features = batch.get("teacher_features")
-    align, more = model.apply(
-      {"params": params},
-      batch["tokens"],
-      batch["frames"],
-      out,
-      features,
-      method=model.force,
-    )
+    seen = batch["tokens"], batch["frames"], out, features
+    align, more = model.apply({"params": params}, *seen, method=model.force)
     value += model.align.get("weight", forcing.Align.weight) * align
     metrics, out = {**metrics, "align": align}, {**out, **more}
   return value, (metrics, out)
@@ -358,12 +331,9 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   model, _ = models.build(config)
   inputs = qwen2_5_vl.INPUTS(config)
   del inputs["patches"]
-  vit = qwen_vit.Model(**model.vit)
-  shape = (
-    config.batch_size,
-    model.grid[0] * vit.temporal_patch,
-    *(vit.patch * side for side in model.grid[1:]),
-  )
+  vit, (count, *sides) = qwen_vit.Model(**model.vit), model.grid
+  shape = config.batch_size, count * vit.temporal_patch
+  shape += tuple(vit.patch * side for side in sides)
 
   def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
