@@ -50,6 +50,7 @@ from spatial_jax.models import (
   vggt,
 )
 from spatial_jax.models.llava_3d import EMBED_KEYS
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.lift import Lift
 from spatial_jax.nn.slots import take
 from spatial_jax.types import Array, Bool, Float, Int
@@ -182,6 +183,7 @@ class Model(nn.Module):
     geometry: Float[Array, "B F P E"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -191,6 +193,7 @@ class Model(nn.Module):
       frames: RGB in [0, 1], or uint8.
       depth, intrinsics, world_from_camera: for `lift` alone; see `Lift`.
       geometry: VGGT's patch tokens of these frames, instead of running it.
+      edits: of the residual streams of "vit" and "llm"; see `nn.edit`.
 
     `out` holds what `qwen2_5_vl.Model` returns, "visual/tokens" [B M D] which
     the decoder reads, "geometry/tokens" [B F P E], "connector/tokens",
@@ -206,7 +209,8 @@ class Model(nn.Module):
     if self.is_initializing():
       forcing.initialize(self._align, self._teacher, self.llm["width"])
     row = tokens, positions, segments, shared, patches
-    return self._base(*row, cache=cache, see=see, last=last, train=train)
+    options = {"cache": cache, "edits": edits, "last": last, "train": train}
+    return self._base(*row, see=see, **options)
 
   @property
   def _vit(self) -> qwen_vit.Model:
@@ -292,7 +296,7 @@ class Model(nn.Module):
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch."""
   names = ("tokens", "positions", "segments", "shared", "frames", "depth")
-  names += ("intrinsics", "world_from_camera", "geometry")
+  names += ("intrinsics", "world_from_camera", "geometry", "edits")
   kwargs = {name: batch[name] for name in names if name in batch}
   if "depth" not in kwargs:  # cameras alone say nothing here
     kwargs.pop("intrinsics", None)
