@@ -326,10 +326,7 @@ def loss(
 
 
 def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
-  """Static batch: that of Qwen2.5-VL with frames instead of patches.
-
-  With `config.model.lift` also depth and cameras.
-  """
+  """Qwen2.5-VL's with frames, not patches; for `lift` depth and cameras."""
   from spatial_jax import models
 
   model, _ = models.build(config)
