@@ -76,7 +76,7 @@ def geometry(folder: pathlib.Path, size: str) -> str:
   from spatial_jax import reconstruct
 
   weights = folder / "vggt" / "weights"
-  if not weights.exists():
+  if not (weights / "config.json").exists():
     config = world_compare.get_config(f"stage=vggt,{size}")
     done = train(config, folder / "vggt")
     reconstruct.save(config, done.state["params"], weights)

@@ -87,6 +87,7 @@ class Lift(nn.Module):
     B, F, h, w, D = features.shape
     if self.level:
       level = camera.level_from_world(world_from_camera[:, :1])
+      level = jnp.broadcast_to(level, world_from_camera.shape)
       world_from_camera = camera.compose(level, world_from_camera)
     n = self.samples
     points, valid = patch_points(
