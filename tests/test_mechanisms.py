@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mechanisms on Qwen2.5-VL: by config alone, alone and together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,25 +94,27 @@ def test_mechanisms_train_together_by_config_alone(name):
   assert ("scorer" in params["vit"]) == ("vit" in asked)
 
   @jax.jit
-  def step(params):
-    run = jax.value_and_grad(
-      lambda p: mod.loss(model, p, batch, rngs={}), has_aux=True
-    )
-    (value, (metrics, out)), grads = run(params)
-    size = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-    params = jax.tree.map(lambda p, g: p - 0.03 * g / size, params, grads)
-    sizes = {k: jnp.abs(v).max() for k, v in trees.flatten(grads).items()}
-    return params, value, metrics, sizes, out.get("llm/order")
+  def run(params):
+    def loss(params):
+      value, (metrics, out) = mod.loss(model, params, batch, rngs={})
+      return value, (metrics.get("align"), out.get("llm/order"))
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
   losses = []
   for _ in range(3):  # the third sees what two steps have changed
-    params, value, metrics, sizes, order = step(params)
+    (value, (align, order)), grads = run(params)
     losses.append(float(value))
+    # On the host: a kernel for each leaf would take longer to compile.
+    grads = jax.tree.map(np.asarray, grads)
+    rate = 0.03 / sum(np.sum(g * g) for g in jax.tree.leaves(grads)) ** 0.5
+    update = functools.partial(lambda rate, p, g: p - rate * g, rate)
+    params = jax.tree.map(update, params, grads)
   assert losses[2] < losses[0]
   for part in asked & NEW | {"vit", "llm"}:
-    learns = any(x > 0 for k, x in sizes.items() if k.startswith(f"{part}/"))
+    learns = any(np.any(g) for g in jax.tree.leaves(grads[part]))
     assert learns == (part != "teacher"), part
-  assert ("align" in metrics) == ("align" in asked)
+  assert (align is not None) == ("align" in asked)
   if "vit" in asked:
     assert order.shape == (B, M + 8 - M // 2)
 
