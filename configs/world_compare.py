@@ -93,6 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.steps, c.batch_size = 4000, 64
     c.evals.vsi.rooms = 1024
   if arg.test:
+    c.optimizer.name = "adamw"
     c.model.vit.layers = 2  # the scorer needs one block after its own
   if not is_vision:
     _mechanism(c, ConfigDict(known[arg.row]), arg.vggt)
