@@ -174,7 +174,8 @@ class Subject:
         edit = steering.amplify(mask, kernel, alpha)
         return self.forward(params, inputs, edit)[0]
 
-      return jax.vmap(words)(alphas)
+      # Some at a time: all together would need gigabytes.
+      return jax.lax.map(words, alphas, batch_size=4)
 
     return jax.jit(run)
 
