@@ -64,7 +64,9 @@ def test_patches_of_llava_3d_are_tokens_or_share_voxels():
   place = tokens.llava_3d(ids, frames=2, side=3)
   assert place.positions[1, 0, 0] == 13
   slots = np.array([4, 4, -1, 2, 0, 2])  # of six patches; the third has none
-  np.testing.assert_array_equal(tokens.voxels(slots, [1, 2, 3, 5]), [2, 4])
+  np.testing.assert_array_equal(
+    tokens.voxels(slots, np.array([1, 2, 3, 5])), [2, 4]
+  )
 
 
 def test_there_are_480_squares_and_the_answer_stands_where_it_is_asked():

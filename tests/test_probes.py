@@ -120,6 +120,8 @@ def test_rooms_are_asked_in_two_orders_mirrored_and_with_one_thing(source):
       seen = cast(source, lone, pair.frame)
       assert set(np.unique(seen)) == {-1, pair.objects[which]}
       box = pair.boxes[which]
+      if box[0] == 0 or box[2] == source.image_size:
+        continue  # the frame cuts it
       there = np.flatnonzero((seen >= 0).any(0)).mean()
       # Perspective makes things wider at the sides, so not to the pixel.
       assert abs(there - (box[0] + box[2]) / 2 - shift[0] * token) < token / 2

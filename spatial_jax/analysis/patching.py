@@ -69,8 +69,8 @@ def swap(
 def sweep(
   run: Callable[[Sequence[Edit]], Any],
   residuals: Float[Array, "S B T D"],
-  mask: Bool[Array, "B T"],
-  index: Int[Array, "B T"],
+  mask: Bool[Array, "#B T"],
+  index: Int[Array, "#B T"],
   before: Sequence[Edit] = (),
 ) -> Any:
   """What `run` returns with the patch at each slot, stacked over the slots.

@@ -90,7 +90,7 @@ def _entities(layout, image, corners, shapes):
   """(shape, colour) at each place: what the case doesn't say in words."""
   size, out = layout.entity * layout.pixels, []
   names = {color: name for name, color in stimuli.COLORS.items()}
-  one = layouts.Layout(layout.entity, layout.pixels, layout.entity, 0, ())
+  one = layouts.Layout(layout.entity, layout.pixels, layout.entity, 0, (0,) * 3)
   for row, column in corners:
     y, x = row * layout.pixels, column * layout.pixels
     part = image[y : y + size, x : x + size]
