@@ -11,6 +11,7 @@
 | qwen3 | Qwen/Qwen3-* |
 | molmo2 | the decoders of allenai/Molmo2-* |
 | gemma | google/gemma-2b; PaliGemma and pi0 override its vocabulary |
+| gemma3-4b | the decoder of google/gemma-3-4b-* |
 | gemma-300m | pi0's action expert, which has neither embedding nor head |
 
 A fine-tuned checkpoint with more tokens overrides `vocab`.
@@ -54,6 +55,14 @@ _GEMMA = {
   "norm_offset": 1.0,
   "scale_embed": True,
 }
+_GEMMA3 = {
+  **_GEMMA,
+  "theta": 1e6,
+  "rope_scaling": (8.0,),  # of full layers
+  "qk_norm": True,
+  "post_norm": True,
+  "window": 1024,
+}
 _MOLMO2 = {**_QWEN3, "tied": False, "new_vocab": 128}
 
 # width, layers, heads, kv heads, mlp, vocabulary
@@ -88,6 +97,7 @@ VARIANTS = {
   "molmo2-4b": _size(2560, 36, 32, 8, 9728, 151936, **_MOLMO2, theta=5e6),
   "molmo2-8b": _size(4096, 36, 32, 8, 12288, 151936, **_MOLMO2),
   "gemma-2b": _size(2048, 18, 8, 1, 16384, 256000, **_GEMMA),
+  "gemma3-4b": _size(2560, 34, 8, 4, 10240, 262208, **_GEMMA3),
   # pi0.5 sets `adaptive` as well.
   "gemma-300m": _size(1024, 18, 8, 1, 4096, 0, **_GEMMA),
 }
@@ -125,6 +135,22 @@ KEYS = (
   ("norm.dense.weight", "norm/modulation/kernel"),
   ("norm.dense.bias", "norm/modulation/bias"),
 )
+
+# Gemma 3 has norms before and after, of which one took the other's name.
+_POST = {
+  "layers.{i}.post_attention_layernorm.weight": (
+    ("layers.{i}.pre_feedforward_layernorm.weight", "blocks/mlp_norm/scale"),
+    (
+      "layers.{i}.post_attention_layernorm.weight",
+      "blocks/attention_post_norm/scale",
+    ),
+    (
+      "layers.{i}.post_feedforward_layernorm.weight",
+      "blocks/mlp_post_norm/scale",
+    ),
+  )
+}
+GEMMA3 = tuple(new for row in KEYS for new in _POST.get(row[0], (row,)))
 
 _TABLES = ("embed/embedding", "embed/new/embedding")
 # Molmo2 in transformers: both tables of embeddings are one tensor.
