@@ -69,7 +69,8 @@ VARIANTS = {
 }
 
 _FLAT = hf.Custom(lambda x: x, lambda x: x)  # stored as (in, out)
-# Prefixes of the published files and of transformers 4.51, of 4.52 and of 5.
+# Prefixes of the published files and of transformers 4.51, of its modules from
+# 4.52 on and from 5 on; what 5 writes has the last of the tower.
 KEYS = (
   *hf.nest(
     vit_keys.SIGLIP,
@@ -77,6 +78,7 @@ KEYS = (
       "vision_tower.vision_model.",
       "model.vision_tower.vision_model.",
       "model.vision_tower.",
+      "vision_tower.",
     ),
     "vit/",
   ),

@@ -136,21 +136,17 @@ KEYS = (
   ("norm.dense.bias", "norm/modulation/bias"),
 )
 
-# Gemma 3 has norms before and after, of which one took the other's name.
-_POST = {
-  "layers.{i}.post_attention_layernorm.weight": (
-    ("layers.{i}.pre_feedforward_layernorm.weight", "blocks/mlp_norm/scale"),
-    (
-      "layers.{i}.post_attention_layernorm.weight",
-      "blocks/attention_post_norm/scale",
-    ),
-    (
-      "layers.{i}.post_feedforward_layernorm.weight",
-      "blocks/mlp_post_norm/scale",
-    ),
-  )
-}
-GEMMA3 = tuple(new for row in KEYS for new in _POST.get(row[0], (row,)))
+# Gemma 3 has norms before and after; the others call the one before the MLP
+# what is here the one after attention.
+GEMMA3 = (
+  *(row for row in KEYS if row[1] != "blocks/mlp_norm/scale"),
+  *_layers(
+    "layers",
+    ("post_attention_layernorm.weight", "attention_post_norm/scale"),
+    ("pre_feedforward_layernorm.weight", "mlp_norm/scale"),
+    ("post_feedforward_layernorm.weight", "mlp_post_norm/scale"),
+  ),
+)
 
 _TABLES = ("embed/embedding", "embed/new/embedding")
 # Molmo2 in transformers: both tables of embeddings are one tensor.

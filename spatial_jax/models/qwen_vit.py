@@ -82,7 +82,7 @@ KEYS = (
   *_linear("merger.mlp.2", "merger/down"),
 )
 PLAIN_KEYS = (
-  *(row for row in KEYS if "}.mlp" not in row[0]),
+  *(row for row in KEYS if not row[1].startswith("blocks/mlp/")),
   ("blocks.{i}.norm1.bias", "blocks/attention_norm/bias"),
   ("blocks.{i}.norm2.bias", "blocks/mlp_norm/bias"),
   *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/up"),
