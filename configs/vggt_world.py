@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "seed": 0,
       "rooms": 1_000_000,
       "frames": 4,
-      "image_size": 64 if small else 224,
+      "image_size": 32 if small else 224,
       "fov_degrees": 100.0,
       "scene": dict(scene.SIMPLE) if small else {},
     }
@@ -45,10 +45,16 @@ def get_config(arg: str = "") -> ConfigDict:
   c.optimizer.update(
     {"name": "muon", "lr": 0.02, "b2": 0.98, "weight_decay": 0.01}
   )
-  c.optimizer.schedule.update(
-    {"constant": 0.15, "decay": "linear", "final": 0.02}
+  c.optimizer.muon.matrices = (
+    (r"(.*/)?(blocks|trunk)/.*kernel", True),
+    (".*", False),
   )
-  c.batch_size, c.steps = 16, 240
+  # What all cameras have in common is learned within a few steps.
+  c.optimizer.lr_mult = (("camera/refine/down/bias", 10.0), (".*", 1.0))
+  c.optimizer.schedule.update(
+    {"constant": 0.4, "decay": "linear", "final": 0.02}
+  )
+  c.batch_size, c.steps = 16, 520
   c.checkpoint.every = 10_000
   c.evals.geometry = ConfigDict(
     {"name": "spatial_jax.evaluators.geometry", "every": 0, "split": "test"}
@@ -58,6 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
       {
         "width": 384,
         "heads": 6,
+        "mlp_ratio": 4,
+        "registers": 4,
         "vit_heads": 6,
         "vit_depth": 6,
         "depth": 8,

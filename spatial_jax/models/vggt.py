@@ -76,25 +76,29 @@ VARIANTS = {
     "track_depth": 2,
     "track_iterations": 3,
   },
-  # Learns rooms from scratch on two CPU cores: frames of 64 x 64 pixels.
+  # Learns rooms from scratch on two CPU cores: frames of 32 x 32 pixels.
   "demo": {
     "width": 96,
     "depth": 4,
     "heads": 3,
+    "mlp_ratio": 2,
     "patch": 8,
+    "registers": 1,
     "vit_depth": 2,
     "vit_heads": 3,
-    "image_size": 64,
+    "image_size": 32,
     "camera_depth": 2,
     "camera_heads": 6,
     "dpt_layers": (0, 1, 2, 3),
-    "dpt_features": 32,
-    "dpt_channels": (24, 32, 48, 48),
+    "dpt_features": 16,
+    "dpt_channels": (16, 16, 16, 16),
     "head_names": ("camera", "depth", "points"),
-    # Published weights start from DINOv2; from scratch, layers must count at
-    # once and frames must tell who is first.
+    # Published weights start from DINOv2. From scratch, layers must count at
+    # once, frames must tell who is first, and patches where they are: what
+    # moved from one place to another between frames is all that turns tell.
     "layer_scale": 1.0,
-    "token_std": 0.02,
+    "token_std": 0.5,
+    "position_std": 0.5,
   },
 }
 
