@@ -88,7 +88,9 @@ on_all_hosts() {
 }
 
 create() {
-  local more=("--accelerator-type=$TYPE" "--runtime-version=${VERSION:-$(runtime)}")
+  local version="${VERSION:-}"
+  [[ -n "$version" ]] || version="$(runtime)"
+  local more=("--accelerator-type=$TYPE" "--runtime-version=$version")
   if [[ "$SLICES" == 1 ]]; then
     more+=("--node-id=$NAME")
   else
