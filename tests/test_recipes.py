@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every recipe's `:test`: two steps, and the second again after a kill."""
+"""Every recipe's `:test`: two steps, and in one the second after a kill."""
 
 import importlib
 import pathlib
@@ -19,10 +19,17 @@ RECIPES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_trains_two_steps_and_resumes(name, tmp_path):
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"demo"}))
+def test_every_recipe_trains_two_steps(name, tmp_path):
   recipe = importlib.import_module(f"configs.{name}").get_config("test")
   assert recipe.steps == 2
+  done = train.main(recipe.lock(), str(tmp_path))
+  assert done.step == 2
+  assert np.isfinite(done.metrics["loss"])
+
+
+def test_a_recipe_resumes(tmp_path):
+  recipe = importlib.import_module("configs.demo").get_config("test")
   recipe.checkpoint.every = 1
   first = train.main(recipe.lock(), str(tmp_path))
   # As if it had been killed in the second step.
