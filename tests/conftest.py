@@ -55,5 +55,5 @@ def pytest_addoption(parser):
   parser.addoption(
     "--all-meshes",
     action="store_true",
-    help="compare every model on every mesh with one device, not one of each",
+    help="compare every model on every mesh with one device, not two of them",
   )

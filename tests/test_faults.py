@@ -166,6 +166,7 @@ def test_a_workdir_that_cannot_be_written_says_so(tmp_path, capsys):
   assert "choose another --workdir" in one_error(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation")
 def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(tmp_path, capsys):
   wide = "--config.model.width=64"
   assert run("train", tmp_path, wide, "--config.steps=2") == 0
