@@ -4,7 +4,6 @@
 import errno
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -166,22 +165,23 @@ def test_a_workdir_that_cannot_be_written_says_so(tmp_path, capsys):
   assert "choose another --workdir" in one_error(capsys)
 
 
-@pytest.mark.filterwarnings("ignore:Error writing persistent compilation")
-def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(tmp_path, capsys):
-  wide = "--config.model.width=64"
-  assert run("train", tmp_path, wide, "--config.steps=2") == 0
-  # No file may get larger: writing fails in the middle of the arrays.
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
-  try:
-    assert run("train", tmp_path, wide, "--config.steps=4") == 1
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(
+  workdir, capsys, monkeypatch
+):
+  from orbax.checkpoint._src.handlers import json_checkpoint_handler as handler
+
+  def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(handler.JsonCheckpointHandler, "_save_fn", full)
+    assert run("train", workdir, "--config.steps=8") == 1
   error = one_error(capsys)
-  assert "could not be written" in error and "step 2 is kept" in error
-  assert steps(tmp_path) == [2]
-  assert run("train", tmp_path, wide, "--config.steps=4") == 0
-  assert steps(tmp_path) == [2, 4]
+  assert "could not be written" in error and "step 6 is kept" in error
+  assert "No space left on device" in error
+  assert steps(workdir) == [4, 6]
+  assert run("train", workdir, "--config.steps=8") == 0
+  assert steps(workdir) == [6, 8]
 
 
 def test_a_file_system_that_became_read_only_says_so(
