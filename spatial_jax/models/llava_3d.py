@@ -44,6 +44,7 @@ from ml_collections import FrozenConfigDict
 from spatial_jax import hf, losses
 from spatial_jax.models import grounding, llm, vit, vit_keys
 from spatial_jax.models.llm import place
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.layers import Mlp
 from spatial_jax.nn.lift import Lift, PointEmbed
 from spatial_jax.nn.slots import close_gaps
@@ -177,6 +178,7 @@ class Model(nn.Module):
     clicks: Float[Array, "B C 3"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -189,6 +191,8 @@ class Model(nn.Module):
       images: normalised as `data.images.clip` does.
       depth: see `Lift`. Without it all patches of all frames are tokens.
       clicks: metres, world; the k-th for the k-th point token of a row.
+      edits: of the residual streams of "vit" [B*F h*w+1 Dv] and "llm"; see
+        `nn.edit`.
 
     `out` holds "vit/tokens" [B P Dv], what `Lift` returns, "visual/tokens"
     [B M D], "visual/mask" [B M], "clicks" [B C D], "inputs" [B T D],
@@ -196,6 +200,7 @@ class Model(nn.Module):
     "ground/boxes" [L B Q 6] and "ground/scores" [L B Q] if there are any.
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, ("vit", "llm"))
     out, shift = {}, None
     embeddings = self._llm.embed(jnp.maximum(tokens, 0))
     if clicks is None and self.is_initializing():
@@ -208,7 +213,12 @@ class Model(nn.Module):
       shift = cache.pop("shift")
     if images is not None:
       visual, mask, out_visual = self.see(
-        images, depth, intrinsics, world_from_camera, is_scene
+        images,
+        depth,
+        intrinsics,
+        world_from_camera,
+        is_scene,
+        edits.get("vit"),
       )
       out |= out_visual
       is_image = tokens == self.image_token
@@ -226,6 +236,7 @@ class Model(nn.Module):
       shared,
       cache,
       embeddings=embeddings,
+      edit=edits.get("llm"),
       last=last,
     )
     if cache is not None:
@@ -234,12 +245,20 @@ class Model(nn.Module):
       more |= self._ground(tokens, out, more["llm/hidden"])
     return logits, {**out, **more}
 
-  def see(self, images, depth, intrinsics, world_from_camera, is_scene=None):
+  def see(
+    self,
+    images,
+    depth,
+    intrinsics,
+    world_from_camera,
+    is_scene=None,
+    edit=None,
+  ):
     """Image tokens [B M D], which there are [B M], and intermediates."""
     B, F = images.shape[:2]
-    features, _ = self._vit(images.reshape(B * F, *images.shape[2:]))
+    features, out = self._vit(images.reshape(B * F, *images.shape[2:]), edit)
     h, w = (side // self._vit.patch for side in images.shape[2:4])
-    out = {"vit/tokens": features.reshape(B, F * h * w, -1)}
+    out["vit/tokens"] = features.reshape(B, F * h * w, -1)
     if self.lift_after_projector:
       features = self.projector(features)
     features = features.reshape(B, F, h, w, -1)
@@ -279,7 +298,7 @@ class Model(nn.Module):
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch; one camera for all frames is repeated."""
   names = ("tokens", "positions", "segments", "shared", "images", "depth")
-  names += ("intrinsics", "world_from_camera", "is_scene", "clicks")
+  names += ("intrinsics", "world_from_camera", "is_scene", "clicks", "edits")
   kwargs = {name: batch[name] for name in names if name in batch}
   camera = kwargs.get("intrinsics")
   if camera is not None and camera.ndim == 3:

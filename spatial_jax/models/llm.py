@@ -30,6 +30,7 @@ from flax import linen as nn
 
 from spatial_jax import losses, sharding
 from spatial_jax.models import llm_variants
+from spatial_jax.nn import edit as edits
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import attention, chunked, packed_mask
 from spatial_jax.nn.layers import (
@@ -135,13 +136,24 @@ class Block(nn.Module):
     )
 
   def __call__(
-    self, x, cache, mask, rotary, index, condition=None, inject=None
+    self,
+    x,
+    cache,
+    mask,
+    rotary,
+    index,
+    condition=None,
+    inject=None,
+    number=None,
+    edit=None,
   ):
     heads, gate = self.project(x, rotary, condition)
     y, cache = self._attend(*heads, mask, cache, index)
     x = self.merge(x, y, gate, condition)
     if inject is not None:
       x = inject(x)
+    if edit is not None:
+      x = edits.apply(edit, x, number + 1)
     return x, (x, cache)
 
   def project(
@@ -246,7 +258,7 @@ class Model(nn.Module):
       remat(Block, self.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, *[nn.broadcast] * 4, 0),
+      in_axes=(0, *[nn.broadcast] * 4, 0, 0, nn.broadcast),
       length=self.layers,
       unroll=self.unroll,
     )(**self.block_options)
@@ -289,6 +301,7 @@ class Model(nn.Module):
     embeddings: Float[Array, "B T D"] | None = None,
     condition: Float[Array, "B C"] | None = None,
     inject: jax.tree_util.Partial | None = None,
+    edit: edits.Edits = None,
     last: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B logits V"], Out]:
     """Logits and intermediates.
@@ -306,6 +319,7 @@ class Model(nn.Module):
       condition: what adaptive norms follow.
       inject: function of the residual stream [B T D] after each block. Its
         arguments have a leading layer axis: every block gets its own.
+      edit: what changes in the residual stream; see `nn.edit`.
       last: the only token of each row whose logits are wanted [B 1 V].
     """
     x = self.embed(tokens) if embeddings is None else embeddings
@@ -322,8 +336,12 @@ class Model(nn.Module):
     rotary = self._rotary(positions)
     out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
+    number = None
+    if edit is not None:
+      x, number = edits.apply(edit, x, 0), jnp.arange(self.layers)
+    out["llm/embedded"] = x
     x, (out["llm/blocks"], pairs) = self.blocks(
-      x, pairs, mask, rotary, index, condition, inject
+      x, pairs, mask, rotary, index, condition, inject, number, edit
     )
     if cache is not None:
       out["cache"] = {**cache, "key": pairs[0], "value": pairs[1]}

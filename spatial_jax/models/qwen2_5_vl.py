@@ -38,6 +38,7 @@ from spatial_jax import hf, losses
 from spatial_jax.data import vision
 from spatial_jax.data.stts import budget
 from spatial_jax.models import llm, qwen_vit
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.slots import drop_slots, restore, take
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -171,6 +172,7 @@ class Model(nn.Module):
     layout: dict[str, Array] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -182,11 +184,15 @@ class Model(nn.Module):
     With `vit.prune` it also holds "prune/scores" [B F G], "prune/stays" [B M],
     "prune/temporal" and "llm/order" [B K], the places of the tokens left;
     what dropped tokens would have is 0.
+
+    Args:
+      edits: of the residual streams of "vit" and "llm"; see `nn.edit`.
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, PARTS)
     embeddings, out = self._llm.embed(tokens), {}
     if patches is not None:
-      merged, out = self.encode(patches, layout)
+      merged, out = self.encode(patches, layout, edits.get("vit"))
       if self.vision_gradient != 1:
         share = self.vision_gradient
         merged = share * merged + jax.lax.stop_gradient((1 - share) * merged)
@@ -198,8 +204,10 @@ class Model(nn.Module):
     row["embeddings"] = embeddings
     if shared is not None:
       row["shared"] = shared
-    dropped = None
+    dropped, edit = None, edits.get("llm")
     if "prune/stays" in out:
+      if edit is not None:
+        raise ValueError("config.model.vit.prune and edits exclude each other")
       stays = out["prune/stays"]
       lost = budget(self.grid[0], stays.shape[1] // self.grid[0], self._drop)
       row, dropped, out["llm/order"] = drop_slots(
@@ -208,7 +216,7 @@ class Model(nn.Module):
       if last is not None:
         before = jnp.cumsum(dropped, axis=1)
         last = last - jnp.take_along_axis(before, last[:, None], axis=1)[:, 0]
-    logits, more = self._llm(None, **row, cache=cache, last=last)
+    logits, more = self._llm(None, **row, cache=cache, edit=edit, last=last)
     if dropped is not None:
       back = functools.partial(restore, dropped=dropped)
       more["llm/blocks"] = jax.vmap(back)(more["llm/blocks"])
@@ -224,10 +232,11 @@ class Model(nn.Module):
     self,
     patches: Float[Array, "B P C"],
     layout: dict[str, Array] | None = None,
+    edit: edit_lib.Edits = None,
   ) -> tuple[Float[Array, "B M D"], Out]:
     """Vision tower alone: merged tokens and intermediates."""
     grid = self.grid if layout is None else None
-    merged, out = self._vit(patches, grid and tuple(grid), layout)
+    merged, out = self._vit(patches, grid and tuple(grid), layout, edit)
     # Vision-only training compares merged tokens with words.
     return merged, {**out, "llm/embedding": self._llm.embed.embedding}
 
@@ -238,7 +247,7 @@ class Model(nn.Module):
 
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch; keys "layout/..." become one dict."""
-  names = ("tokens", "positions", "segments", "shared", "patches")
+  names = "tokens", "positions", "segments", "shared", "patches", "edits"
   kwargs = {name: batch[name] for name in names if name in batch}
   layout = {
     key.removeprefix("layout/"): value

@@ -37,6 +37,7 @@ from flax import linen as nn
 from spatial_jax import sharding
 from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
+from spatial_jax.nn import edit as edits
 from spatial_jax.nn import pruning, rope, scorer
 from spatial_jax.nn.attention import attention
 from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm, fan_in_init
@@ -95,7 +96,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, shaped for a scan over (x, is_full)."""
+  """One layer, shaped for a scan: (x, is_full) -> (x, x)."""
 
   heads: int
   mlp: int
@@ -107,7 +108,9 @@ class Block(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x, is_full, rotary, layout, bias=None):
+  def __call__(
+    self, x, is_full, rotary, layout, bias=None, number=None, edit=None
+  ):
     R, S, D = x.shape
     y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
     qkv = Dense(3 * D, dtype=self.dtype, name="qkv")(y)
@@ -120,7 +123,10 @@ class Block(nn.Module):
     x = sharding.constrain(x + y, "batch patches act_embed")
     y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
     y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
-    return sharding.constrain(x + y, "batch patches act_embed"), None
+    x = sharding.constrain(x + y, "batch patches act_embed")
+    if edit is not None:
+      x = edits.apply(edit, x, number + 1)
+    return x, x
 
   def _attend(self, qkv, is_full, layout, bias):
     if self.grid is not None:
@@ -219,9 +225,18 @@ class Model(nn.Module):
     patches: Float[Array, "B P C"],
     grid: Grid | None = None,
     layout: dict[str, Array] | None = None,
+    edit: edits.Edits = None,
   ) -> tuple[Float[Array, "B M E"], Out]:
-    """Merged tokens and intermediates; exactly one of grid and layout."""
-    self._check(patches, grid, layout)
+    """Merged tokens and intermediates; exactly one of grid and layout.
+
+    `out` holds "vit/embedded" [B P D] (what the first block reads),
+    "vit/blocks" [L B P D] (the residual stream after each block, not there with
+    `prune`), "vit/tokens" [B P D] (the last one) and "vit/merged" [B M E].
+
+    Args:
+      edit: what changes in the residual stream; see `nn.edit`.
+    """
+    self._check(patches, grid, layout, edit)
     B, P, _ = patches.shape
     x = PatchEmbed(
       self.width,
@@ -229,10 +244,12 @@ class Model(nn.Module):
       self.dtype,
       name="patch_embed",
     )(patches)
-    x = self._add_tables(x, grid)
+    x = edits.apply(edit, self._add_tables(x, grid), 0)
+    out = {"vit/embedded": x}
     head_dim = self.width // self.heads
     if grid is not None:
       x = x.reshape(B * grid[0], -1, self.width)
+      edit = edits.split_rows(edit, grid[0])
       rows = grid_positions(*grid[1:], self.merge)[None]
     else:
       rows = layout["patch_positions"]
@@ -255,21 +272,24 @@ class Model(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, *[nn.broadcast] * 3, 0, nn.broadcast),
       length=self.layers,
       unroll=self.unroll,
     )(*options, name="blocks")
     pruned = {}
     if self.prune is None or self.is_initializing():
-      x, _ = blocks(x, is_full, rotary, layout)
+      number = None if edit is None else jnp.arange(self.layers)
+      x, xs = blocks(x, is_full, rotary, layout, None, number, edit)
+      out["vit/blocks"] = xs.reshape(self.layers, B, P, self.width)
     if self.prune is not None:
 
       def run(x, first, last, bias=None):
         def step(x, layer):
           params, is_full = layer
-          return block(*options, parent=None).apply(
+          x, _ = block(*options, parent=None).apply(
             {"params": params}, x, is_full, rotary, None, bias
           )
+          return x, None
 
         if self.is_initializing():
           return x
@@ -280,7 +300,7 @@ class Model(nn.Module):
       x, pruned = self._score(
         x.reshape(B, *grid[:1], -1, self.width), grid, run
       )
-    out = {"vit/tokens": x.reshape(B, P, self.width)}
+    out["vit/tokens"] = x.reshape(B, P, self.width)
     merger = Merger(
       self.out_width, self.merge**2, self.eps, self.dtype, name="merger"
     )
@@ -345,7 +365,11 @@ class Model(nn.Module):
       x = x + table[None, : grid[0], None]
     return x.reshape(x.shape[0], -1, self.width)
 
-  def _check(self, patches, grid, layout):
+  def _check(self, patches, grid, layout, edit):
+    if self.prune is not None and edit is not None:
+      raise ValueError(
+        "a vision tower with config.model.vit.prune takes no edit"
+      )
     if self.prune is not None and grid is None:
       raise ValueError(
         "config.model.vit.prune needs a static grid (config.model.grid): how "

@@ -36,6 +36,7 @@ from jaxtyping import Real
 
 from spatial_jax import hf, losses, sharding
 from spatial_jax.models import llm, qwen2_5_vl, qwen_vit, vggt
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.layers import Dense, RMSNorm
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -208,6 +209,7 @@ class Model(nn.Module):
     geometry: Float[Array, "B _ P E"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -219,6 +221,7 @@ class Model(nn.Module):
       images: instead of frames; each becomes as many equal frames as fill a
         temporal patch.
       geometry: VGGT's patch tokens of these frames, instead of running it.
+      edits: of the residual streams of "vit" and "llm"; see `nn.edit`.
 
     `out` holds "vit/tokens" [B Pall Dv], "vit/merged" [B M D],
     "geometry/tokens" [B F 5+P E], "connector/merged" [B M J],
@@ -226,9 +229,10 @@ class Model(nn.Module):
     what `llm.Model` returns.
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, ("vit", "llm"))
     embeddings, out = self._llm.embed(tokens), {}
     if frames is not None or images is not None:
-      fused, out = self.see(frames, images, geometry)
+      fused, out = self.see(frames, images, geometry, edits.get("vit"))
       is_visual = (tokens == self.image_token) | (tokens == self.video_token)
       embeddings = llm.place(
         embeddings, fused, is_visual, one_hot=self._llm.one_hot
@@ -241,12 +245,17 @@ class Model(nn.Module):
       shared,
       cache,
       embeddings=embeddings,
+      edit=edits.get("llm"),
       last=last,
     )
     return logits, {**out, **more}
 
   def see(
-    self, frames: Any, images: Any = None, geometry: Any = None
+    self,
+    frames: Any,
+    images: Any = None,
+    geometry: Any = None,
+    edit: edit_lib.Edits = None,
   ) -> tuple[Float[Array, "B M D"], Out]:
     """Visual tokens of frames or of images, and intermediates."""
     if (frames is None) == (images is None):
@@ -260,7 +269,7 @@ class Model(nn.Module):
     patches = qwen_vit.patchify(pixels, temporal, vit.patch, merge)
     B, F, height, width, _ = pixels.shape
     h, w = height // vit.patch, width // vit.patch
-    merged, out = vit(patches, (F // temporal, h, w))
+    merged, out = vit(patches, (F // temporal, h, w), edit=edit)
     if geometry is None:
       geometry, out["geometry/tokens"] = self.look(seen)
     geometry = jnp.repeat(geometry, repeats, axis=1).astype(self.dtype)
@@ -300,7 +309,7 @@ def _unit(pixels):
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch."""
   names = ("tokens", "positions", "segments", "shared")
-  names += ("frames", "images", "geometry")
+  names += ("frames", "images", "geometry", "edits")
   return {name: batch[name] for name in names if name in batch}
 
 

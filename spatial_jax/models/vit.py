@@ -32,6 +32,7 @@ from flax import linen as nn
 from spatial_jax import sharding
 from spatial_jax.models import vit_variants
 from spatial_jax.models.llm import remat
+from spatial_jax.nn import edit as edits
 from spatial_jax.nn.attention import attention
 from spatial_jax.nn.layers import (
   Dense,
@@ -92,7 +93,7 @@ class Block(nn.Module):
   read: tuple[int, ...] = ()
 
   @nn.compact
-  def __call__(self, carry, index, mask=None, bias=None):
+  def __call__(self, carry, index, mask=None, bias=None, edit=None):
     x, kept = carry
     y = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
     y = Attention(self.heads, self.dtype, name="attention")(y, mask, bias)
@@ -103,6 +104,8 @@ class Block(nn.Module):
     else:
       y = Mlp(self.mlp, self.activation, dtype=self.dtype, name="mlp")(y)
     x = self._add(x, y, "mlp_scale")
+    if edit is not None:
+      x = edits.apply(edit, x, index + 1)
     kept = tuple(
       jnp.where(index == number, x, old)
       for number, old in zip(self.read, kept, strict=True)
@@ -224,9 +227,11 @@ class Model(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: Float[Array, "B height width 3"]
+    self,
+    images: Float[Array, "B height width 3"],
+    edit: edits.Edits = None,
   ) -> tuple[Float[Array, "B patches D"], Out]:
-    """Patch tokens, row by row, and intermediates.
+    """Patch tokens, row by row, and intermediates; `edit` is of `nn.edit`.
 
     `out` holds "vit/embedded" [B T D] (what the first block reads),
     "vit/blocks" [L B T D] (the residual stream after each block that is
@@ -235,9 +240,9 @@ class Model(nn.Module):
     the registers and the patches, in this order.
     """
     self._check(images)
-    x, out = self._embed(images), {}
+    x, out = edits.apply(edit, self._embed(images), 0), {}
     out["vit/embedded"] = x
-    (x, kept), out["vit/blocks"] = self._blocks(x)
+    (x, kept), out["vit/blocks"] = self._blocks(x, edit)
     if self.read:
       out["vit/read"] = jnp.stack(kept)
     if self.final_norm != "none":
@@ -316,7 +321,7 @@ class Model(nn.Module):
     antialias = self.resample == "antialias"
     return resize(grid, (h, w), "bicubic", antialias=antialias, scale=scale)
 
-  def _blocks(self, x):
+  def _blocks(self, x, edit):
     count = self.layers + 1 + self.output_layer
     if self.is_initializing():
       count = self.layers
@@ -324,6 +329,7 @@ class Model(nn.Module):
       remat(Block, self.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
+      in_axes=(0, *[nn.broadcast] * 3),
       length=count,
       unroll=self.unroll,
     )
@@ -341,4 +347,10 @@ class Model(nn.Module):
       self.dtype,
       self.read,
       name="blocks",
-    )((x, (jnp.zeros_like(x),) * len(self.read)), jnp.arange(count))
+    )(
+      (x, (jnp.zeros_like(x),) * len(self.read)),
+      jnp.arange(count),
+      None,
+      None,
+      edit,
+    )
