@@ -226,7 +226,7 @@ _LINE = {
   "rows": 1,
   "images": 0,
 }
-_FEW = {"variant": "tiny", "side": 56}
+_FEW = {"variant": "tiny", "side": 56, "heads": ("camera",)}
 CPU_SIZES = {
   "vggt": [
     ({"variant": "tiny", "side": 112, "frames": 1}, "reported"),
@@ -378,7 +378,7 @@ def toy(suite: str) -> list[Row]:
     "compiling": case,
     "growth": {
       "frames": (1, 2),
-      "of frames": tiny,
+      "of frames": {**tiny, "heads": ("camera",)},
       "length": (16, 32),
       "of length": {**case, "images": 0},
       "calls": 1,

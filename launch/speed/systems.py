@@ -54,7 +54,7 @@ def vggt(folder: pathlib.Path, case: dict) -> Program:
   """Aggregator and heads on some frames."""
   del folder
   options = {"variant": case["variant"], **case.get("model", {})}
-  options["head_names"] = ("camera", "depth", "points")
+  options["head_names"] = case.get("heads", ("camera", "depth", "points"))
   config = ConfigDict({"model_name": "vggt", "model": options})
   model, _ = models.build(config)
   shape = 1, case["frames"], case["side"], case["side"], 3
@@ -69,9 +69,9 @@ def vggt(folder: pathlib.Path, case: dict) -> Program:
     return jax.block_until_ready(predict(params, images))
 
   start = time.perf_counter()
-  depth = np.asarray(run()["depth"])
+  outputs = {"pose": np.asarray(run()["pose_encoding"])}
   first = time.perf_counter() - start
-  return Program(run, {"depth": depth}, first, units=case["frames"])
+  return Program(run, outputs, first, units=case["frames"])
 
 
 def fill(inputs: dict, tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -98,7 +98,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer, shaped for a scan: (x, ...) -> (x, (x, cache)).
+  """One decoder layer, shaped for a scan: (x, ...) -> (x, (x, key and value)).
+
+  These are the new tokens' own, for the caller to add to the cache: a scan that
+  returned all of the cache would copy it for each token.
 
   `project` and `merge` are its halves before and after attention, for models
   in which several streams attend to each other.
@@ -148,13 +151,13 @@ class Block(nn.Module):
     edit=None,
   ):
     heads, gate = self.project(x, rotary, condition)
-    y, cache = self._attend(*heads, mask, cache, index)
+    y = self._attend(*heads, mask, cache, index)
     x = self.merge(x, y, gate, condition)
     if inject is not None:
       x = inject(x)
     if edit is not None:
       x = edits.apply(edit, x, number + 1)
-    return x, (x, cache)
+    return x, (x, None if cache is None else heads[1:])
 
   def project(
     self,
@@ -181,15 +184,13 @@ class Block(nn.Module):
   def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
       # Every row writes the same slots; `segments` tells which are padding.
-      key, value = cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(
-          old, new.astype(old.dtype), index, axis=1
-        )
+      key, value = (
+        _write(old, new, index, axis=1)
         for old, new in zip(cache, (key, value), strict=True)
       )
     if self.packing and cache is None:
-      return chunked(query, key, value, mask, *self.packing), cache
-    return attention(query, key, value, mask), cache
+      return chunked(query, key, value, mask, *self.packing)
+    return attention(query, key, value, mask)
 
 
 def _norm(module):
@@ -238,6 +239,7 @@ class Model(nn.Module):
   dtype: str = "float32"
   remat: str = "none"  # or "full", or a name in jax.checkpoint_policies
   unroll: int = 1  # layers per step of the scan
+  scan: bool = True  # False: every layer has its own parameters; see `unstack`
   embed_std: float = 0.02
   one_hot: bool = False  # read the table by a matrix product; see Embed
   # Tokens of the shared prefix and of a chunk after it: see attention.chunked.
@@ -254,17 +256,23 @@ class Model(nn.Module):
         self.width**0.5 if self.scale_embed else 1.0,
         self.new_vocab,
       )
-    self.blocks = nn.scan(
-      remat(Block, self.remat),
+    self.blocks = self._blocks()
+    self.norm = _norm(self)
+    if self.vocab and not self.tied:
+      self.head = Dense(self.vocab, use_bias=False, dtype=self.dtype)
+
+  def _blocks(self):
+    block = remat(Block, self.remat)
+    if not self.scan:
+      return [block(**self.block_options) for _ in range(self.layers)]
+    return nn.scan(
+      block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(0, *[nn.broadcast] * 4, 0, 0, nn.broadcast),
       length=self.layers,
       unroll=self.unroll,
     )(**self.block_options)
-    self.norm = _norm(self)
-    if self.vocab and not self.tied:
-      self.head = Dense(self.vocab, use_bias=False, dtype=self.dtype)
 
   @property
   def block_options(self) -> dict[str, Any]:
@@ -340,11 +348,14 @@ class Model(nn.Module):
     if edit is not None:
       x, number = edits.apply(edit, x, 0), jnp.arange(self.layers)
     out["llm/embedded"] = x
-    x, (out["llm/blocks"], pairs) = self.blocks(
+    x, (out["llm/blocks"], new) = self._run(
       x, pairs, mask, rotary, index, condition, inject, number, edit
     )
     if cache is not None:
-      out["cache"] = {**cache, "key": pairs[0], "value": pairs[1]}
+      out["cache"] = cache | {
+        name: _write(cache[name], part, index, axis=2)
+        for name, part in zip(("key", "value"), new, strict=True)
+      }
     x, _ = _normed(self.norm, x, condition)
     out["llm/hidden"] = x
     if last is not None:
@@ -353,6 +364,20 @@ class Model(nn.Module):
       return x, out
     logits = self.embed.attend(x) if self.tied else self.head(x)
     return sharding.constrain(logits, "batch length act_vocab"), out
+
+  def _run(
+    self, x, pairs, mask, rotary, index, condition, inject, number, edit
+  ):
+    """All blocks: their output, and what each gives, stacked."""
+    shared = mask, rotary, index, condition
+    if self.scan:
+      return self.blocks(x, pairs, *shared, inject, number, edit)
+    rows = []
+    for i, block in enumerate(self.blocks):
+      own = jax.tree.map(lambda a, i=i: a[i], (pairs, inject, number))
+      x, row = block(x, own[0], *shared, *own[1:], edit)
+      rows.append(row)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
 
   def _rotary(self, positions):
     options = self._head_dim, self.theta
@@ -385,8 +410,7 @@ def _append(cache, segments, shared, mutual):
     mutual = jnp.zeros(segments.shape, jnp.int32)
 
   def write(old, new):
-    new = new.astype(old.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(old, new, cache["index"], axis=1)
+    return _write(old, new, cache["index"], axis=1)
 
   return {
     **cache,
@@ -395,6 +419,36 @@ def _append(cache, segments, shared, mutual):
     "mutual": write(cache["mutual"], mutual),
     "index": cache["index"] + segments.shape[1],
   }
+
+
+def _write(old, new, index, axis):
+  new = new.astype(old.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=axis)
+
+
+def unstack(model: nn.Module, params: dict) -> tuple[nn.Module, dict]:
+  """The same decoder without a scan: an array for each layer's parameter.
+
+  On CPU a scan copies each layer's parameters before it multiplies with them,
+  which for a token at a time is most of the work.
+
+  Args:
+    model: a `Model`, or one that holds the sizes of one as `llm`. Any other is
+      returned as it is.
+  """
+  if isinstance(model, Model):
+    layers = {
+      f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"])
+      for i in range(model.layers)
+    }
+    rest = {name: x for name, x in params.items() if name != "blocks"}
+    return model.clone(scan=False, remat="none"), {**rest, **layers}
+  sizes = getattr(model, "llm", None)
+  if not hasattr(sizes, "keys") or "blocks" not in params.get("llm", {}):
+    return model, params
+  _, layers = unstack(Model(**sizes, parent=None), params["llm"])
+  sizes = type(sizes)({**sizes, "scan": False})
+  return model.clone(llm=sizes), {**params, "llm": layers}
 
 
 def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
