@@ -66,6 +66,8 @@ def vendor_peak(device: str) -> float | None:
 
 def run(suite: str, chosen: list, args, device: str) -> list[dict]:
   """Results of rows, one after the other; a row that fails says why."""
+  if suite == "cpu" and not args.toy:  # even where there is a GPU
+    os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
   results, peak = [], vendor_peak(device)
   side = harness.Local if args.toy else harness.Process
   for number, row in enumerate(chosen):

@@ -120,7 +120,6 @@ def decode(folder: pathlib.Path, case: dict) -> Program:
       tokens = model.generate(
         **inputs,
         max_new_tokens=case["new"],
-        min_new_tokens=case["new"],
         do_sample=False,
         use_cache=True,
         **case.get("generate", {}),

@@ -109,6 +109,6 @@ def update(path: pathlib.Path, suite: str, text: str, empty: dict) -> None:
   old = path.read_text() if path.exists() else ""
   found = dict(re.findall(r"^## (cpu|gpu)\n(.*?)(?=^## |\Z)", old, re.M | re.S))
   log = old[old.index(LOG) :] if LOG in old else LOG
-  found = {**empty, **found, suite: "\n" + text + "\n"}
+  found = {**empty, **found, suite: f"\n{text.strip()}\n\n"}
   parts = [f"## {name}\n{found[name]}" for name in SUITES if name in found]
   path.write_text(HEAD + "\n" + "".join(parts) + log)
