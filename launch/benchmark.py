@@ -2,7 +2,7 @@
 """Speed beside the PyTorch reference, on this machine, in one run.
 
   python launch/benchmark.py cpu
-  python launch/benchmark.py gpu --rows=decode
+  python launch/benchmark.py gpu --rows=forward,decode
 
 Writes the suite's section of launch/BENCHMARKS.md, and all figures to
 runs/benchmark/SUITE.json; with `--rows` the figures alone. How times are taken
@@ -104,7 +104,9 @@ def run(suite: str, chosen: list, args, device: str) -> list[dict]:
 def main(argv=None) -> list[dict]:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("suite", choices=tuple(rows.SUITES))
-  parser.add_argument("--rows", default="", help="part of the rows' names")
+  parser.add_argument(
+    "--rows", default="", help="parts of their names: forward,decode"
+  )
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--threads", type=int, default=os.cpu_count())
   parser.add_argument("--toy", action="store_true")
@@ -115,7 +117,8 @@ def main(argv=None) -> list[dict]:
   given = sys.argv[1:] if argv is None else argv
   args = parser.parse_args(given)
   every = rows.toy(args.suite) if args.toy else rows.SUITES[args.suite]()
-  chosen = [row for row in every if args.rows in row.name]
+  parts = args.rows.split(",")
+  chosen = [row for row in every if any(part in row.name for part in parts)]
   if not chosen:
     names = "\n  ".join(dict.fromkeys(row.name for row in every))
     raise SystemExit(f"no row has {args.rows!r} in its name:\n  {names}")

@@ -356,7 +356,7 @@ def toy(suite: str) -> list[Row]:
       *qwen_rows("toy", case, (0.8, 0.75), TRANSFORMERS, checkpointing=True),
       decode_row("toy", {**case, "new": 3}, 3),
       single("toy VGGT", "systems:vggt", {**tiny, "model": low}, ""),
-      spatial_mllm(mixed, ""),
+      spatial_mllm(mixed, "")._replace(name="toy Spatial-MLLM step"),
     ]
   sizes = {
     **CPU_SIZES,
@@ -373,7 +373,7 @@ def toy(suite: str) -> list[Row]:
         "bins": 1.0,
       }
     ],
-    "world": {"side": 8, "frames": 1, "primitives": 40, "rooms": 1},
+    "world": {"side": 8, "frames": 1, "primitives": 40, "rooms": 9},
     "waiting": {"recipes": (("demo", "test"),), "steps": 3, "skip": 2},
     "compiling": case,
     "growth": {
