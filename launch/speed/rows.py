@@ -238,7 +238,6 @@ CPU_SIZES = {
   "waiting": {
     "recipes": (("demo", "test"), ("demo", "")),
     "steps": 40,
-    "skip": 30,
   },
   "compiling": SMALL,
   "growth": {
@@ -374,7 +373,7 @@ def toy(suite: str) -> list[Row]:
       }
     ],
     "world": {"side": 8, "frames": 1, "primitives": 40, "rooms": 9},
-    "waiting": {"recipes": (("demo", "test"),), "steps": 3, "skip": 2},
+    "waiting": {"recipes": (("demo", "test"),), "steps": 3},
     "compiling": case,
     "growth": {
       "frames": (1, 2),
