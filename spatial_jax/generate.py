@@ -17,12 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from spatial_jax import trees
-from spatial_jax.models import llm
 from spatial_jax.types import Array, Float, Int
-
-# Parameters that a decoder without a scan may hold twice.
-_MOST_COPIED = 2**29
 
 
 @functools.partial(
@@ -82,7 +77,7 @@ def generate(
   )
   stops = jnp.array(stop_ids or (-1,), jnp.int32)
 
-  def call(model, params, **kwargs):
+  def call(**kwargs):
     logits, out = model.apply({"params": params}, **kwargs)
     return logits[:, 0], out["cache"]
 
@@ -92,11 +87,9 @@ def generate(
   def is_running(state):
     return (state["step"] < max_new_tokens) & ~jnp.all(state["done"])
 
-  def step(model, params, state):
+  def step(state):
     # Rows that have ended write tokens of segment 0, which nobody sees.
     logits, cache = call(
-      model,
-      params,
       tokens=state["token"][:, None],
       positions=jnp.broadcast_to(
         jnp.expand_dims(state["position"], axes), (*positions.shape[:-1], 1)
@@ -121,7 +114,7 @@ def generate(
     }
 
   cache = model.init_cache(B, T + max_new_tokens)
-  logits, cache = call(model, params, **batch, cache=cache, last=last)
+  logits, cache = call(**batch, cache=cache, last=last)
   state = emit(
     {
       "cache": cache,
@@ -134,23 +127,7 @@ def generate(
     },
     logits,
   )
-
-  def loop(params, state, *, model):
-    advance = functools.partial(step, model, params)
-    return jax.lax.while_loop(is_running, advance, state)
-
-  def loop_on_cpu(params, state):
-    apart, params = llm.unstack(model, params)
-    return loop(params, state, model=apart)
-
-  scanned = functools.partial(loop, model=model)
-  if trees.count(params) > _MOST_COPIED:
-    state = scanned(params, state)
-  else:
-    # Of the platform that is compiled for; the other is traced, no more.
-    state = jax.lax.platform_dependent(
-      params, state, cpu=loop_on_cpu, default=scanned
-    )
+  state = jax.lax.while_loop(is_running, step, state)
   return state["tokens"], state["length"]
 
 
