@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -40,6 +41,22 @@ class Mismatch(ValueError):
 
 class Corrupt(ValueError):
   """The checkpoint's content is damaged."""
+
+
+@functools.cache
+def _save_small_arrays_whole() -> None:
+  """Copies of an array on several devices are saved in parts, one by each.
+
+  To cut up a small one costs a compilation and gains nothing.
+  """
+  handler = ocp.type_handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_SMALL
+  )
+  noise = logging.getLogger("absl")
+  level = noise.level
+  noise.setLevel(logging.ERROR)  # it warns of every replacement
+  ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+  noise.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -144,15 +161,7 @@ class Checkpointer:
       # writer.
       cleanup_tmp_directories=not read_only,
     )
-    # Copies of an array on several devices are saved in parts, one by each; to
-    # cut up a small one costs a compilation and gains nothing.
-    ocp.type_handlers.register_type_handler(
-      jax.Array,
-      ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=_SMALL
-      ),
-      override=True,
-    )
+    _save_small_arrays_whole()
     self._manager = ocp.CheckpointManager(folder, options=options)
 
   def steps(self) -> list[int]:
