@@ -24,12 +24,21 @@ from configs import common, demo, vggt_world
 from spatial_jax.models import vggt
 
 
+def _stage(test: bool) -> ConfigDict:
+  """A VGGT that sees frames as large as those of the rows."""
+  c = vggt_world.get_config("test" if test else "cpu")
+  if not test:
+    c.steps = 200
+    c.data.views.image_size = c.model.image_size = 64
+  return c
+
+
 def _vggt(test: bool) -> dict:
   """The part of the stage's VGGT that makes tokens."""
   names = ("width", "depth", "heads", "patch", "image_size", "vit_depth")
-  names += ("vit_heads", "layer_scale", "token_std")
-  changed = vggt_world.get_config("test" if test else "cpu").model.to_dict()
-  model = {**vggt.VARIANTS["demo"], **changed}
+  names += ("vit_heads", "mlp_ratio", "registers", "layer_scale", "token_std")
+  names += ("position_std",)
+  model = {**vggt.VARIANTS["demo"], **_stage(test).model.to_dict()}
   return {name: model[name] for name in names} | {"keep": (model["depth"] - 1,)}
 
 
@@ -77,9 +86,9 @@ def get_config(arg: str = "") -> ConfigDict:
       f"{', '.join(known)} and a stage of vision, vggt, joint"
     )
   if arg.stage == "vggt":
-    c = vggt_world.get_config("test" if arg.test else "cpu")
-    if not arg.test:
-      c.steps = 4000 if arg.gpu else 150
+    c = _stage(arg.test)
+    if arg.gpu:
+      c.steps = 4000
     c.seed = arg.seed
     return c
   is_vision = arg.stage == "vision"
