@@ -83,6 +83,7 @@ class Subject:
     # [order, word]: the letter that stands for the word.
     self.letters = np.array([letters, letters[::-1]])
     self._see = jax.jit(observe.make(config))
+    self._found: dict[tuple, list] = {}  # rooms take time to make
 
   @property
   def slots(self) -> int:
@@ -94,7 +95,11 @@ class Subject:
     """Pairs of a split's rooms, in batches of one size."""
     if count % size:
       raise ValueError(f"{count} pairs are no multiple of the batch, {size}")
-    found = rooms.collect(self.sources[split], axis, count)
+    known = split, axis, count
+    if known not in self._found:
+      source = self.sources[split]
+      self._found[known] = rooms.collect(source, axis, count)
+    found = self._found[known]
     for first in range(0, count, size):
       yield self.look(found[first : first + size])
 
