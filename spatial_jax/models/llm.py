@@ -203,6 +203,11 @@ class Block(nn.Module):
         )
         for old, new in zip(cache, (key, value), strict=True)
       )
+    if cache is None:
+      key, value = (
+        sharding.constrain(x, "batch keys act_heads head_dim")
+        for x in (key, value)
+      )
     if self.packing and cache is None:
       return chunked(query, key, value, mask, *self.packing), cache
     return attention(query, key, value, mask), cache
@@ -394,9 +399,14 @@ class Model(nn.Module):
   def init_cache(self, batch: int, length: int) -> Cache:
     """Empty cache of `length` slots; needs no parameters."""
     shape = (self.layers, batch, length, self.kv_heads, self._head_dim)
+
+    def empty():
+      x = jnp.zeros(shape, self.dtype)
+      return sharding.constrain(x, "layers batch length act_heads head_dim")
+
     return {
-      "key": jnp.zeros(shape, self.dtype),
-      "value": jnp.zeros(shape, self.dtype),
+      "key": empty(),
+      "value": empty(),
       "segments": jnp.zeros((batch, length), jnp.int32),
       "shared": jnp.zeros((batch, length), bool),
       "mutual": jnp.zeros((batch, length), jnp.int32),
