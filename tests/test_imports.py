@@ -33,6 +33,7 @@ ORDER = (
   ("evaluate", "clouds"),
   ("fusion",),
   ("train", "report", "answer", "reconstruct", "convert", "cache"),
+  ("plan",),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
