@@ -9,6 +9,8 @@ Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ _LEAST = 256
 # Scopes by which `plan` knows products of scores, and those under a square
 # mask, of which half is hidden.
 SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
+# And how many of the layers take a branch.
+SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
 # Heads that cuDNN takes.
 _CUDNN_HEAD = 128
 
@@ -138,6 +142,11 @@ def unmasked(
 
   out = jax.lax.map(some, parts).swapaxes(0, 1)
   return out.reshape(B, count * size, N, H)[:, :T]
+
+
+def share(function: Callable, taken: int, of: int) -> Callable:
+  """A branch of a conditional that so many of all layers take; for `plan`."""
+  return jax.named_scope(f"taken_{taken}_of_{of}")(function)
 
 
 def packed_mask(

@@ -115,10 +115,15 @@ def _compile(config, example, mesh):
     prepared = train.prepare(config, example, mesh)
     began, cpu = time.perf_counter(), time.process_time()
     lowered = prepared.update.lower(prepared.state, _batch(prepared, mesh))
+    cached = jax.config.jax_enable_compilation_cache
+    # Nobody runs this program, and its seconds are to be those of compiling.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       raise _too_large(error) from error
+    finally:
+      jax.config.update("jax_enable_compilation_cache", cached)
   memory = compiled.memory_analysis()
   found = hlo.collectives(compiled.as_text())
   kinds: dict[str, tuple[int, float]] = {}

@@ -95,7 +95,8 @@ def equations(
 ) -> Iterator[tuple[Any, float, str]]:
   """(equation, how often it runs, its name stack) of a jaxpr and those in it.
 
-  All branches of a conditional count, but divided by their number.
+  Of a conditional the branches count by the share that their scope names (see
+  `attention.share`), or else all as often.
   """
   for eqn in jaxpr.eqns:
     here = f"{names}/{eqn.source_info.name_stack}"
@@ -104,11 +105,18 @@ def equations(
     repeat = 1
     if eqn.primitive.name == "scan":
       repeat = eqn.params["length"]
-    share = len(inner) if eqn.primitive.name == "cond" else 1
     if eqn.primitive.name == "pallas_call":
       continue
     for body in inner:
-      yield from equations(body, times * repeat / share, here)
+      share = _share(body, len(inner)) if eqn.primitive.name == "cond" else 1
+      yield from equations(body, times * repeat * share, here)
+
+
+def _share(body, branches):
+  for eqn in body.eqns:
+    if found := attention.SHARE.search(str(eqn.source_info.name_stack)):
+      return int(found[1]) / int(found[2])
+  return 1 / branches
 
 
 def _sides(eqn):
