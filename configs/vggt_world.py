@@ -73,6 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.batch_size, c.steps = 64, 50_000
   if arg.test:
+    c.optimizer.name = "adamw"
     c.steps, c.batch_size = 2, 8
     c.model.update(
       {

@@ -23,6 +23,7 @@ COMMANDS = {
   "import": ("convert:load", "published weights into a workdir's checkpoint"),
   "export": ("convert:save", "a workdir's checkpoint as published weights"),
   "cache": ("cache", "VGGT's tokens of the recipe's videos, into files"),
+  "analyse": ("analyse", "probe, patch and steer the workdir's checkpoint"),
   "plan": ("plan", "whether the recipe fits a pod, and how fast at best"),
   "view": ("report", "draw rooms of the recipe's data into view.html"),
   "reconstruct": ("reconstruct", "images to cameras, depth and a point cloud"),

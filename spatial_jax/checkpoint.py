@@ -31,6 +31,7 @@ from spatial_jax import trees
 
 State = dict[str, Any]
 _FOLDER = "checkpoints"
+_SMALL = 2**20  # bytes
 
 
 class Mismatch(ValueError):
@@ -142,6 +143,15 @@ class Checkpointer:
       # What a kill in mid-save left behind; the workdir lock makes us the only
       # writer.
       cleanup_tmp_directories=not read_only,
+    )
+    # Copies of an array on several devices are saved in parts, one by each; to
+    # cut up a small one costs a compilation and gains nothing.
+    ocp.type_handlers.register_type_handler(
+      jax.Array,
+      ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_SMALL
+      ),
+      override=True,
     )
     self._manager = ocp.CheckpointManager(folder, options=options)
 

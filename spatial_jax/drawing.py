@@ -34,7 +34,10 @@ DEPTH_COLORS = np.array(
   ],
   np.float64,
 )
-LINE_COLORS = ("#1f5fa8", "#c4692a", "#3d8a5f", "#8a4a9e", "#7a6a2c")
+LINE_COLORS = (
+  *("#1f5fa8", "#c4692a", "#3d8a5f", "#8a4a9e"),
+  *("#7a6a2c", "#b0405a", "#2a8c96", "#6b7480"),
+)
 
 
 def object_color(index: int) -> tuple[int, int, int]:
@@ -412,4 +415,53 @@ def draw_curves(
       f'<text x="{legend + 21}" y="32" fill="{INK}">{html.escape(name)}</text>'
     )
     legend += 36 + 6.2 * len(name)
+  return "".join([*parts, "</svg>"])
+
+
+def draw_intervals(
+  values: Mapping[str, tuple[float, float | None]],
+  title: str,
+  width: int = 520,
+) -> str:
+  """A dot for each name, with a whisker where there is an interval.
+
+  Args:
+    values: name -> mean, half of its interval.
+    title: what stands above the drawing.
+    width: of the drawing, in points.
+  """
+  ends = [m + s * (h or 0) for m, h in values.values() for s in (-1, 1)]
+  low, high = min(ends), max(ends)
+  low, high = low - 0.05 * (high - low + 1), high + 0.05 * (high - low + 1)
+  left, right, top, line = 100, width - 60, 30, 22
+  bottom = top + line * len(values)
+
+  def x(value):
+    return left + (right - left) * (value - low) / (high - low)
+
+  parts = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" class="curves" role="img" '
+    f'viewBox="0 0 {width} {bottom + 24}" font-size="11" '
+    f'font-family="system-ui, sans-serif"><text x="0" y="13" font-size="13" '
+    f'font-weight="600" fill="{INK}">{html.escape(title)}</text>'
+  ]
+  parts += [
+    f'<path d="M{x(value):.1f} {top}V{bottom}" stroke="{RULE}"/>'
+    f'<text x="{x(value):.1f}" y="{bottom + 16}" text-anchor="middle" '
+    f'fill="{MUTED}">{value:g}</text>'
+    for value in ticks(low, high)
+  ]
+  for index, (name, (mean, half)) in enumerate(values.items()):
+    y, color = top + line * (index + 0.5), LINE_COLORS[0]
+    if half is not None:
+      parts.append(
+        f'<path d="M{x(mean - half):.1f} {y}H{x(mean + half):.1f}" '
+        f'stroke="{color}" stroke-width="2"/>'
+      )
+    parts.append(
+      f'<text x="0" y="{y + 4}" fill="{INK}">{html.escape(name)}</text>'
+      f'<circle cx="{x(mean):.1f}" cy="{y}" r="4" fill="{color}"/>'
+      f'<text x="{width}" y="{y + 4}" text-anchor="end" fill="{INK}">'
+      f"{mean:.1f}</text>"
+    )
   return "".join([*parts, "</svg>"])

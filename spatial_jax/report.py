@@ -10,7 +10,9 @@ SVG, so that it can be mailed, printed or opened on a phone.
   lead        str, one paragraph under the title
   headline    [{"value": "61.2", "label": "VSI macro", "note": "blind 39.0"}]
   table       [{"type", "seeing", "blind", "chance", "count"}], percent
-  notes       [str], paragraphs under the table
+  drawings    [str], inline SVG
+  tables      [(title, head, rows)], rows of text as long as the head
+  notes       [str], paragraphs under the tables
   runs        {name: rows of its metrics file}, each row with "step"
   curves      [(key of the rows, title)]; ("loss", "training loss") if absent
   settings    {name: value}, small print at the end
@@ -67,6 +69,8 @@ SECTIONS = (
   "lead",
   "headline",
   "table",
+  "drawings",
+  "tables",
   "notes",
   "runs",
   "curves",
@@ -255,6 +259,17 @@ def score_table(rows: Sequence[Mapping]) -> str:
   )
 
 
+def text_table(title: str, head: Sequence[str], rows: Sequence) -> str:
+  def line(cells, tag):
+    return "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+
+  body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+  return (
+    f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>'
+    f"{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+  )
+
+
 def type_name(kind: str) -> str:
   return NAMES.get(kind, kind.replace("_", " "))
 
@@ -394,6 +409,9 @@ def page(data: Mapping) -> str:
     parts.append(headline(data["headline"]))
   if data.get("table"):
     parts += ["<h2>Scores by question type</h2>", score_table(data["table"])]
+  if data.get("drawings"):
+    parts.append(f'<div class="curves-row">{"".join(data["drawings"])}</div>')
+  parts += [text_table(*table) for table in data.get("tables", ())]
   parts += [f"<p>{escape(note)}</p>" for note in data.get("notes", ())]
   curves = [
     draw_curves(data.get("runs", {}), key, title)

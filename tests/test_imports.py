@@ -31,8 +31,8 @@ ORDER = (
   ("generate",),
   ("evaluators", "drawing"),
   ("evaluate", "clouds"),
-  ("fusion",),
-  ("train", "report", "answer", "reconstruct", "convert", "cache"),
+  ("fusion", "analysis"),
+  ("train", "report", "answer", "reconstruct", "convert", "cache", "analyse"),
   ("plan",),
   ("__main__",),
 )
@@ -41,6 +41,11 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # Data workers and question generation start without jax.
 WITHOUT_JAX = (
   "types",
+  "analysis.layouts",
+  "analysis.photos",
+  "analysis.rooms",
+  "analysis.stimuli",
+  "analysis.tokens",
   "data.actions",
   "data.cambrian",
   "data.images",

@@ -67,6 +67,25 @@ def compose(
   return (c_from_b[..., :, :, None] * b_from_a[..., None, :, :]).sum(-2)
 
 
+def level_from_world(
+  world_from_camera: Float[Array, "*b 4 4"],
+) -> Float[Array, "*b 4 4"]:
+  """A frame at the camera: x forward and y left, both level, z up.
+
+  Not a number for a camera that looks straight up or down.
+  """
+  xp = world_from_camera.__array_namespace__()
+  x, y = world_from_camera[..., 0, 2], world_from_camera[..., 1, 2]
+  length = xp.sqrt(x * x + y * y)
+  x, y = x / length, y / length
+  zero, one = xp.zeros_like(x), xp.ones_like(x)
+  rows = [x, y, zero, -y, x, zero, zero, zero, one]
+  axes = xp.stack(rows, axis=-1).reshape(*x.shape, 3, 3)
+  move = -(axes * world_from_camera[..., None, :3, 3]).sum(-1)
+  top = xp.concatenate([axes, move[..., None]], axis=-1)
+  return xp.concatenate([top, world_from_camera[..., 3:, :]], axis=-2)
+
+
 def rays(
   intrinsics: Float[Array, "*b 3 3"], height: int, width: int
 ) -> Float[Array, "*b height width 3"]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -172,6 +172,7 @@ class Model(nn.Module):
     layout: dict[str, Array] | None = None,
     cache: llm.Cache | None = None,
     *,
+    see: Callable[..., tuple[Array, Out]] | None = None,
     edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
@@ -186,19 +187,24 @@ class Model(nn.Module):
     what dropped tokens would have is 0.
 
     Args:
+      see: what the decoder reads instead of merged tokens, and intermediates,
+        from merged tokens and `out`; see `mechanisms`.
       edits: of the residual streams of "vit" and "llm"; see `nn.edit`.
     """
     del train  # no dropout
     edits = edit_lib.check(edits, PARTS)
     embeddings, out = self._llm.embed(tokens), {}
     if patches is not None:
-      merged, out = self.encode(patches, layout, edits.get("vit"))
+      visual, out = self.encode(patches, layout, edits.get("vit"))
+      if see is not None:
+        visual, more = see(visual, out)
+        out = {**out, **more, "visual/tokens": visual}
       if self.vision_gradient != 1:
         share = self.vision_gradient
-        merged = share * merged + jax.lax.stop_gradient((1 - share) * merged)
+        visual = share * visual + jax.lax.stop_gradient((1 - share) * visual)
       is_image = (tokens == self.image_token) | (tokens == self.video_token)
       embeddings = llm.place(
-        embeddings, merged, is_image, one_hot=self._llm.one_hot
+        embeddings, visual, is_image, one_hot=self._llm.one_hot
       )
     row = {"positions": positions, "segments": segments}
     row["embeddings"] = embeddings
@@ -258,12 +264,13 @@ def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def loss(
-  model: Model,
+  model: nn.Module,
   params: Any,
   batch: Mapping[str, Array],
   *,
   rngs: Any = None,
   train: bool = True,
+  arguments: Callable[[Mapping[str, Array]], dict[str, Any]] = arguments,
 ) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
   """Weighted next-token loss, (metrics, intermediates)."""
   logits, out = model.apply(

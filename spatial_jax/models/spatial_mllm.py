@@ -262,7 +262,7 @@ class Model(nn.Module):
       raise ValueError("expected frames of a video or images, one of the two")
     vit, repeats = self._vit, 1
     temporal, merge = vit.temporal_patch, vit.merge
-    seen = pixels = _unit(frames if images is None else images)
+    seen = pixels = unit(frames if images is None else images)
     if images is not None:
       pixels = jnp.repeat(pixels, temporal, axis=1)
       seen, repeats = (seen, temporal) if self.image_once else (pixels, 1)
@@ -292,7 +292,7 @@ class Model(nn.Module):
       raise ValueError(
         "config.model.vggt=None, so the batch must hold its tokens: 'geometry'"
       )
-    tokens = self._vggt(_unit(frames))[0]
+    tokens = self._vggt(unit(frames))[0]
     return tokens[:, :, 1 + self._vggt.registers :], tokens
 
   def init_cache(self, batch: int, length: int) -> llm.Cache:
@@ -300,7 +300,7 @@ class Model(nn.Module):
     return self._decoder(parent=None).init_cache(batch, length)
 
 
-def _unit(pixels):
+def unit(pixels):
   """RGB in [0, 1]."""
   scale = 255 if pixels.dtype == jnp.uint8 else 1
   return jnp.asarray(pixels, jnp.float32) / scale

@@ -300,7 +300,7 @@ class Aggregator(nn.Module):
     table = Embed(len(self.groups), self.width, std, name="queries").embedding
     joined = []
     for g, side in enumerate(self.groups):
-      seen = _look(context, projected, padding, side)
+      seen = look(context, projected, padding, side)
       x = jnp.broadcast_to(
         table[g].astype(self.dtype)[None, None],
         (context.shape[0], side**2, self.width),
@@ -320,7 +320,7 @@ class Aggregator(nn.Module):
     out["sva/joined"] = x = jnp.concatenate(joined, axis=-1)
     x = Project(self.features, self.features, True, **shared, name="project")(x)
     out["sva/projected"] = x
-    seen = _look(context, projected, padding, self.side)
+    seen = look(context, projected, padding, self.side)
     if self.layers and self.is_initializing():
       self._init_layers(x, seen)
     return self._with_newlines(x), seen, out
@@ -391,7 +391,12 @@ class Aggregator(nn.Module):
     return jax.tree_util.Partial(act, jnp.array(on), each)
 
 
-def _look(context, projected, padding, side):
+def look(
+  context: Float[Array, "B C"],
+  projected: Sequence[Float[Array, "B _ C"]],
+  padding: Int[Array, "B encoders 2"] | None,
+  side: int,
+) -> Seen:
   """What queries on a grid of this side see."""
   masks = None
   if padding is not None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from spatial_jax import sharding
-from spatial_jax.geometry import voxels
+from spatial_jax.geometry import camera, voxels
 from spatial_jax.geometry.fps import farthest_points
 from spatial_jax.geometry.patches import patch_points
 from spatial_jax.nn.layers import Dense, LayerNorm
@@ -33,6 +33,7 @@ class PointEmbed(nn.Module):
 
   features: int
   dtype: str = "float32"
+  waves: int = 0  # sines and cosines of 16, 8, ... metres beside the points
 
   @nn.compact
   def __call__(self, points: Float[Array, "... 3"]) -> Float[Array, "... D"]:
@@ -40,6 +41,12 @@ class PointEmbed(nn.Module):
       init = nn.initializers.xavier_uniform()
       return Dense(self.features, dtype=dtype, kernel_init=init, name=name)
 
+    if self.waves:
+      turns = [points * (2**i / 16) for i in range(self.waves)]
+      angles = 2 * jnp.pi * jnp.concatenate(turns, axis=-1)
+      points = jnp.concatenate(
+        [points, jnp.sin(angles), jnp.cos(angles)], axis=-1
+      )
     # Coordinates in bfloat16 would lose centimetres.
     y = dense("up", "float32")(points)
     y = LayerNorm(1e-5, self.dtype, name="norm")(y)
@@ -55,6 +62,10 @@ class Lift(nn.Module):
   overflow: str = "even"  # or "random"
   keep_invalid: bool = False
   bfloat16: bool = False
+  # None of these three is published.
+  level: bool = False  # in the first camera's level axes, not the world's
+  samples: int = 1  # squared: points of a patch, whose mean embedding it gets
+  waves: int = 0  # see `PointEmbed`
 
   @nn.compact
   def __call__(
@@ -74,14 +85,25 @@ class Lift(nn.Module):
         that frame's features. All are scenes by default.
     """
     B, F, h, w, D = features.shape
+    if self.level:
+      level = camera.level_from_world(world_from_camera[:, :1])
+      level = jnp.broadcast_to(level, world_from_camera.shape)
+      world_from_camera = camera.compose(level, world_from_camera)
+    n = self.samples
     points, valid = patch_points(
-      depth, intrinsics, world_from_camera, (h, w), bfloat16=self.bfloat16
+      depth,
+      intrinsics,
+      world_from_camera,
+      (h * n, w * n),
+      bfloat16=self.bfloat16,
     )
     points = jax.lax.stop_gradient(points)
     if self.keep_invalid:
       finite = jnp.isfinite(world_from_camera).all((-1, -2))
       valid = jnp.broadcast_to(finite[..., None, None], valid.shape)
-    embed = PointEmbed(D, name="embed")(points)
+    embed = PointEmbed(D, waves=self.waves, name="embed")(points)
+    if n > 1:
+      embed, points, valid = _mean(embed, points, valid, n)
     patches = features.astype(jnp.float32) + embed
     patches = patches.reshape(B, F * h * w, D)
     patches = sharding.constrain(patches, "batch patches act_embed")
@@ -136,3 +158,16 @@ class Lift(nn.Module):
       patches, found.slot
     )
     return tokens, mask, {"lift/slot": found.slot, "lift/count": found.count}
+
+
+def _mean(embed, points, valid, n):
+  """Means over the valid ones of n x n points; valid where there is one."""
+  B, F, rows, columns = valid.shape
+  shape = B, F, rows // n, n, columns // n, n
+
+  def mean(x):
+    x = jnp.where(valid[..., None], x, 0).reshape(*shape, -1)
+    return x.sum((3, 5)) / jnp.maximum(count, 1)[..., None]
+
+  count = valid.reshape(shape).sum((3, 5))
+  return mean(embed), mean(points), count > 0

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Geometric auxiliary losses that any model here can switch on by config.
 
-Reads a model's `out` dictionary ("vit/tokens", "vit/merged", "llm/blocks",
-"llm/embedding"), adds linear heads and compares with what the world knows
-(`observe.dense_targets`, `targets.GROUPS`). Heads live under params["aux"] and
-are dropped at export. `config.auxiliary` maps a term to its weight, or a token
-term to (weight, after which LLM block); a term that isn't named isn't computed.
+Reads a model's `out` dictionary ("vit/tokens", "visual/tokens" or else
+"vit/merged", "llm/blocks", "llm/embedding"), adds linear heads and compares
+with what the world knows (`observe.dense_targets`, `targets.GROUPS`). Heads
+live under params["aux"] and are dropped at export. `config.auxiliary` maps a
+term to its weight, or a token term to (weight, after which LLM block); a term
+that isn't named isn't computed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Heads(nn.Module):
     if "point" in self.dense:
       got["point"] = head("point", out["vit/tokens"], 3)
     if "room_point" in self.dense:
-      y = head("room_point", out["vit/merged"], 3 * self.merge)
+      y = head("room_point", visual(out), 3 * self.merge)
       got["room_point"] = y.reshape(y.shape[0], -1, 3)
     if "align" in self.dense:
       got["align_bias"] = Bias(name="align")()
@@ -67,6 +68,11 @@ class Heads(nn.Module):
       width = targets.GROUPS[group].stop - targets.GROUPS[group].start
       got[group] = head(group, out["llm/blocks"][block - 1], width)
     return got
+
+
+def visual(out: dict[str, Array]) -> Array:
+  """What the language model reads of the frames [B M D]."""
+  return out["visual/tokens"] if "visual/tokens" in out else out["vit/merged"]
 
 
 def rms(x: Array) -> Array:
@@ -163,7 +169,7 @@ class Auxiliary:
         error.mean(-1), jnp.where(kind > 0, 1.0, 0.3)
       )
     if "align" in self.dense:
-      merged = out["vit/merged"].astype(jnp.float32)
+      merged = visual(out).astype(jnp.float32)
       words = rms(out["llm/embedding"][self.words].astype(jnp.float32))
       flat = rms(merged).reshape(-1, merged.shape[-1])
       logits = flat @ words.T * (ALIGN_SCALE / merged.shape[-1])

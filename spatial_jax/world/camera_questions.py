@@ -13,6 +13,16 @@ import numpy as np
 
 from spatial_jax.world.questions import Question, View, choice
 
+TEXTS = {
+  "camera_left_right": (
+    "In frame {frame}, is the {a} to the left or the right of the {b}?"
+  ),
+  "camera_front_behind": (
+    "Seen from the camera of frame {frame}, is the {a} in front of or behind "
+    "the {b}?"
+  ),
+}
+
 
 def pair_in_frame(view: View, rng: np.random.Generator):
   """A frame and two single objects visible in it, or None."""
@@ -34,9 +44,8 @@ def ask_left_right(view: View, rng: np.random.Generator):
   if (at[:, 2] <= 0.05).any() or abs(bearing[0] - bearing[1]) < 6:
     return None
   words = ("left", "right") if bearing[0] < bearing[1] else ("right", "left")
-  text = (
-    f"In frame {frame + 1}, is the {view.name(a)} to the left or the right of "
-    f"the {view.name(b)}?"
+  text = TEXTS["camera_left_right"].format(
+    frame=frame + 1, a=view.name(a), b=view.name(b)
   )
   return choice(
     rng, "camera_left_right", text, words[0], words[1:], objects=(a, b)
@@ -53,9 +62,8 @@ def ask_front_behind(view: View, rng: np.random.Generator):
     return None
   front = depth[0] < depth[1]
   words = ("in front", "behind") if front else ("behind", "in front")
-  text = (
-    f"Seen from the camera of frame {frame + 1}, is the {view.name(a)} in "
-    f"front of or behind the {view.name(b)}?"
+  text = TEXTS["camera_front_behind"].format(
+    frame=frame + 1, a=view.name(a), b=view.name(b)
   )
   return choice(
     rng, "camera_front_behind", text, words[0], words[1:], objects=(a, b)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
-from spatial_jax.types import Array, Batch, Float
+from spatial_jax.geometry import camera
+from spatial_jax.types import Array, Batch
 from spatial_jax.world import render
 
 # CLIP's per-channel statistics, as Qwen2.5-VL's processor uses them.
@@ -34,18 +35,6 @@ def patchify(
   x = images.reshape(b, f, h, merge, patch, w, merge, patch, c)
   x = x.transpose(0, 1, 2, 5, 3, 6, 8, 4, 7)  # B F Y X dy dx c py px
   return x.reshape(b, f * h * w * merge * merge, c * patch * patch)
-
-
-def level_axes(
-  pose: Float[Array, "... 4 4"],
-) -> Float[Array, "... 3 3"]:
-  """Rows: level forward, left and up of a camera, in world coordinates."""
-  forward = pose[..., :2, 2]
-  forward /= jnp.linalg.norm(forward, axis=-1, keepdims=True)
-  x, y = forward[..., 0], forward[..., 1]
-  zero, one = jnp.zeros_like(x), jnp.ones_like(x)
-  rows = [x, y, zero, -y, x, zero, zero, zero, one]
-  return jnp.stack(rows, -1).reshape(*x.shape, 3, 3)
 
 
 def dense_targets(
@@ -72,15 +61,10 @@ def dense_targets(
   mean = jnp.einsum("bnq,bncq->bnc", weight, points)  # world
   kind = jnp.take_along_axis(category, most, 1)
   pose = batch["world_from_camera"]  # B F 4 4
-  axes = level_axes(pose)
-
-  def local(axes, origin):
-    away = (mean - origin)[..., None, :]
-    return (axes * away).sum(-1)
-
+  level = camera.level_from_world(pose)
   frame = jnp.arange(n) // (n // pose.shape[1])
-  own = local(axes[:, frame], pose[:, frame][..., :3, 3])
-  room = local(axes[:, :1], pose[:, :1][..., :3, 3])
+  own = camera.transform(level[:, frame], mean[:, :, None])[:, :, 0]
+  room = camera.transform(level[:, 0], mean)
   return {
     "dense/category": jnp.where(shown, 1 + kind, 0),
     "dense/point": own,
@@ -93,7 +77,7 @@ def make(config) -> Callable[[Batch], Batch]:
 
   Adds patches f32[B N C], or with `render.depth` images f32[B F h w 3], depth
   f32[B F h w] in metres, and intrinsics of every frame f32[B F 3 3]; with
-  `render.frames` just frames f32[B F h w 3] in [0, 1].
+  `render.frames` frames f32[B F h w 3] in [0, 1] instead of patches or images.
   """
   world = config.data.world
   size, patch, merge = world.image_size, world.patch_size, world.merge_size
@@ -122,12 +106,14 @@ def make(config) -> Callable[[Batch], Batch]:
     ).reshape(1, 1, 1, 1, 3)
     out = {k: v for k, v in batch.items() if not k.startswith("scene/")}
     if with_depth:
-      camera = batch["intrinsics"][:, None]
       shape = (*image.shape[:2], 3, 3)
-      out["intrinsics"] = jnp.broadcast_to(camera, shape)
-      out |= {"images": image, "depth": view["depth"]}
-    elif with_frames:
+      each = batch["intrinsics"][:, None]
+      out["intrinsics"] = jnp.broadcast_to(each, shape)
+      out["depth"] = view["depth"]
+    if with_frames:
       out["frames"] = view["rgb"]
+    elif with_depth:
+      out["images"] = image
     else:
       out["patches"] = patchify(image, patch, merge)
     if dense:

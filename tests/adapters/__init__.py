@@ -11,6 +11,7 @@ case says, can't meet the usual tolerance.
 
 from tests.adapters import (
   cambrian,
+  dual_mechanisms,
   echogen,
   llava_3d,
   spatial_forcing,
@@ -21,6 +22,7 @@ from tests.adapters import (
 
 ADAPTERS = {
   **cambrian.ADAPTERS,
+  **dual_mechanisms.ADAPTERS,
   **echogen.ADAPTERS,
   **llava_3d.ADAPTERS,
   **spatial_forcing.ADAPTERS,
@@ -29,6 +31,7 @@ ADAPTERS = {
   **vggt.ADAPTERS,
 }
 TOLERANCES = {
+  **dual_mechanisms.TOLERANCES,
   **llava_3d.TOLERANCES,
   **stts.TOLERANCES,
   **vggt.TOLERANCES,
