@@ -126,7 +126,14 @@ def defaults() -> ConfigDict:
   )
 
   # Sizes multiply to the device count; -1 takes what the others leave.
-  config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
+  # `slices` are what the data-centre network joins; they divide `data`. 0: as
+  # many as there are.
+  config.mesh = ConfigDict(
+    {"data": 1, "fsdp": -1, "tensor": 1, "context": 1, "slices": 0}
+  )
+
+  # Folder or bucket of compiled programs; "": $JAX_COMPILATION_CACHE_DIR.
+  config.compilation_cache = ""
 
   # label -> {name: module with evaluate(), every: steps between runs while
   # training (0: only by the evaluate command), ...its keyword arguments}

@@ -52,7 +52,9 @@ options:
   --config.KEY=VALUE    overrides a key of the recipe, for instance
                         --config.optimizer.lr=1e-3
   --workdir=DIR         where checkpoints, metrics and reports go
-  --multihost           one of several processes (jax.distributed)
+  --multihost           one of several processes, started with the same command
+                        everywhere; see spatial_jax/hosts.py. After SIGTERM the
+                        status is 143: start it again
   --from=SOURCE         import: a folder or file of weights, or a hub id
                         (org/name[@revision]); export: a workdir; cache:
                         weights of VGGT
@@ -187,13 +189,15 @@ def _command(argv: Sequence[str]) -> int:
     importlib.import_module(f"spatial_jax.{module}"), function or "main"
   )
   if values.multihost:
-    import jax
+    from spatial_jax import hosts
 
-    jax.distributed.initialize()
+    hosts.start()
   # `from` is no name in Python.
   own = {name.replace("from", "source"): values[name].value for name in options}
-  run_command(values.config, values.workdir, **own)
-  return 0
+  result = run_command(values.config, values.workdir, **own)
+  # To what started the processes, a run that was told to stop isn't done. As
+  # shells count SIGTERM.
+  return 143 if values.multihost and getattr(result, "interrupted", 0) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

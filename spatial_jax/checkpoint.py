@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from spatial_jax import trees
+from spatial_jax import hosts, trees
 
 State = dict[str, Any]
 _FOLDER = "checkpoints"
@@ -169,26 +169,24 @@ class Checkpointer:
       "params": _manifest(state["params"]),
       "opt": _manifest(state["opt"]),
     }
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        # The one kind that can be read in part; orbax ties an item to a kind.
-        params=ocp.args.PyTreeSave(state["params"]),
-        opt=ocp.args.StandardSave(state["opt"]),
-        meta=ocp.args.JsonSave({**meta, "step": step, "leaves": leaves}),
-        data=grain.checkpoint.CheckpointSave(data),
-      ),
+    args = ocp.args.Composite(
+      # The one kind that can be read in part; orbax ties an item to a kind.
+      params=ocp.args.PyTreeSave(state["params"]),
+      opt=ocp.args.StandardSave(state["opt"]),
+      meta=ocp.args.JsonSave({**meta, "step": step, "leaves": leaves}),
+      data=grain.checkpoint.CheckpointSave(data),
     )
+    with self._writing():
+      self._manager.save(step, args=args)
 
   def save_params(self, step: int, params: Any, meta: Mapping[str, Any]):
     """Saves parameters alone: what training may start from, see `is_import`."""
     meta = {**meta, "step": step, "leaves": {"params": _manifest(params)}}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta)
-      ),
+    args = ocp.args.Composite(
+      params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(meta)
     )
+    with self._writing():
+      self._manager.save(step, args=args)
 
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Parameters of the newest checkpoint by name."""
@@ -207,6 +205,7 @@ class Checkpointer:
     for step in reversed(self.steps()):
       if _has_params_only(self.folder, step):
         continue
+      failure = None
       try:
         meta = self._meta(step)
         for item in ("params", "opt"):
@@ -215,22 +214,21 @@ class Checkpointer:
           item: self._arrays(step, item, abstract[item], meta)
           for item in ("params", "opt")
         }
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            data=grain.checkpoint.CheckpointRestore(data)
-          ),
-        )
+        place = self._place(step)
       except Mismatch:
         raise
       except Exception as error:
-        self._set_aside(step, error)
+        failure = error
+      # What one host cannot read, none goes on from.
+      if not hosts.all_agree(failure is None):
+        self._set_aside(step, failure or Corrupt("another host failed"))
         continue
+      data.set_state(place)
       step_shape = abstract["step"]
       state["step"] = jax.device_put(
         np.asarray(step, step_shape.dtype), step_shape.sharding
       )
-      return state, meta, restored["data"]
+      return state, meta, data
     raise Corrupt(
       f"no checkpoint in {self.folder} can be read; the damaged ones were "
       f"moved to {self._workdir}/corrupt. Start in another --workdir, or "
@@ -278,10 +276,27 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    # An error of the last save was raised by what waited for it.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """One error for whatever a full or lost disk breaks."""
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      kept = self.latest()
+      good = "none was saved before" if kept is None else f"step {kept} is kept"
+      raise OSError(
+        f"a checkpoint in {self.folder} could not be written: {good}. Look for "
+        "space and quota, and start the same command again "
+        f"({_short(error)})"
+      ) from error
 
   def _where(self, step: int) -> str:
     return os.path.join(self.folder, str(step))
@@ -291,6 +306,17 @@ class Checkpointer:
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     )
     return out["meta"]
+
+  def _place(self, step: int) -> Any:
+    """State of the data iterator.
+
+    Every host has written the same one, so that their number may change.
+    """
+    files = sorted(epath.Path(self._where(step), "data").glob("process_*.json"))
+    states = [json.loads(file.read_text()) for file in files]
+    if not states or any(state != states[0] for state in states):
+      raise Corrupt(f"{len(states)} hosts left no common state of the data")
+    return states[0]
 
   def _arrays(self, step: int, item: str, abstract: Any, meta: Any) -> Any:
     """One item; leaves of the checkpoint that `abstract` lacks are skipped."""
@@ -328,6 +354,7 @@ class Checkpointer:
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(exist_ok=True)
       shutil.move(self._where(step), target)
+    hosts.barrier(f"set_aside_{step}")
     self._manager.reload()
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tqdm
@@ -92,6 +93,33 @@ class Throughput:
     return out
 
 
+class Goodput:
+  """The share of a run's time in which it trained, and where the rest went."""
+
+  def __init__(self):
+    self.began = time.perf_counter()
+    self._lost: dict[str, float] = {}
+
+  def lose(self, part: str, seconds: float) -> None:
+    self._lost[part] = self._lost.get(part, 0.0) + seconds
+
+  @contextlib.contextmanager
+  def losing(self, part: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    self.lose(part, time.perf_counter() - began)
+
+  def share(self) -> float:
+    total = time.perf_counter() - self.began
+    return max(0.0, 1 - sum(self._lost.values()) / max(total, 1e-9))
+
+  def line(self) -> str:
+    parts = sorted(self._lost.items(), key=lambda item: -item[1])
+    lost = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts)
+    total = time.perf_counter() - self.began
+    return f"goodput {self.share():.1%} of {total:.1f} s; the rest: {lost}"
+
+
 def local_folder(workdir: str) -> pathlib.Path:
   """Where metrics are appended: object stores cannot, so a folder in runs/."""
   if "://" in workdir:
@@ -114,13 +142,14 @@ class Writer:
     self._active = active  # one process of a multi-host run writes
     self._total, self._start = total, start
     self._began = time.perf_counter()
+    self.repeated = 0  # steps done before, after the checkpoint
     self._bar = self._board = None
     if not active:
       return
     folder = local_folder(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
-    _forget(path, start)
+    self.repeated = _forget(path, start)
     self._file = path.open("a")
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -179,18 +208,24 @@ class Writer:
     self._file.close()
 
 
-def _forget(path: pathlib.Path, start: int) -> None:
-  """Drops rows after the step a run resumes from, and a torn last line."""
+def _forget(path: pathlib.Path, start: int) -> int:
+  """Drops rows after the step a run resumes from, and a torn last line.
+
+  Returns how many steps were after it.
+  """
   if not path.exists():
-    return
-  kept = []
+    return 0
+  kept, last = [], start
   for line in path.read_text().splitlines():
     try:
-      if json.loads(line)["step"] <= start:
-        kept.append(line + "\n")
+      step = json.loads(line)["step"]
     except (ValueError, KeyError):
       continue
+    if step <= start:
+      kept.append(line + "\n")
+    last = max(last, step)
   path.write_text("".join(kept))
+  return last - start
 
 
 def read(workdir: str) -> list[dict[str, float]]:

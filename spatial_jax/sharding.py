@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +31,9 @@ RULES: dict[str, tuple[str, ...]] = {
   # activations
   "batch": ("data", "fsdp"),
   "length": ("context",),
-  "keys": (),
-  "frames": (),
+  "keys": (),  # gathered: every query of a shard sees all keys
+  "frames": ("context",),
+  "rows": ("data", "fsdp", "context"),  # frames of all rows, one after another
   "patches": (),
   "act_embed": (),
   "act_heads": ("tensor",),
@@ -73,9 +75,15 @@ def mesh(
   fsdp: int = -1,
   tensor: int = 1,
   context: int = 1,
+  slices: int = 0,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """Mesh over all devices; one size may be -1: whatever the others leave."""
+  """Mesh over all devices; one size may be -1: whatever the others leave.
+
+  Args:
+    slices: groups of chips that only the data-centre network joins; 0 is what
+      the devices say. Only the data axis crosses them, once a step.
+  """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
   free = [name for name, size in sizes.items() if size == -1]
@@ -92,8 +100,34 @@ def mesh(
     sizes[name] = len(devices) // fixed
   # jax.make_mesh makes Explicit axes by default, on which a constraint is an
   # assertion; everything here relies on Auto.
-  array = np.asarray(devices).reshape(tuple(sizes.values()))
-  return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  return Mesh(
+    _arrange(devices, tuple(sizes.values()), slices),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+  )
+
+
+def _arrange(devices, shape, slices):
+  """Devices in the mesh's order: slices outermost, neighbours innermost."""
+  where = [getattr(x, "slice_index", 0) or 0 for x in devices]
+  slices = slices or len(set(where))
+  if shape[0] % slices:
+    raise ValueError(
+      f"config.mesh.data={shape[0]} is no multiple of the {slices} slices: the "
+      "other axes need the fast network within one"
+    )
+  order = np.argsort(where, kind="stable")
+  groups = np.array_split(np.array(devices, object)[order], slices)
+  inner = shape[0] // slices, *shape[1:]
+
+  def torus(group):
+    if group[0].platform != "tpu":
+      return group.reshape(inner)
+    return mesh_utils.create_device_mesh(
+      inner, list(group), allow_split_physical_axes=True
+    )
+
+  return np.concatenate([torus(group) for group in groups])
 
 
 def _spec(
@@ -219,6 +253,18 @@ def whole_tables(params: Any, dtype: Any) -> Any:
 def batch_sharding(on: Mesh | AbstractMesh) -> NamedSharding:
   """Rows of a batch over the data and fsdp axes."""
   return NamedSharding(on, P(RULES["batch"]))
+
+
+def host_rows(on: Mesh, batch_size: int) -> tuple[int, ...]:
+  """Rows of a batch that lie on devices of this process, ascending.
+
+  Processes that share rows, since an axis other than the batch's runs through
+  both, get the same ones.
+  """
+  where = batch_sharding(on).addressable_devices_indices_map((batch_size,))
+  return tuple(
+    sorted({row for (s,) in where.values() for row in range(batch_size)[s]})
+  )
 
 
 def replicated(on: Mesh | AbstractMesh) -> NamedSharding:

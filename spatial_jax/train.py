@@ -19,7 +19,15 @@ import numpy as np
 import optax
 from etils import epath
 
-from spatial_jax import checkpoint, evaluate, metrics, optim, sharding, trees
+from spatial_jax import (
+  checkpoint,
+  evaluate,
+  hosts,
+  metrics,
+  optim,
+  sharding,
+  trees,
+)
 from spatial_jax import system as systems
 from spatial_jax.data import pipeline
 
@@ -34,6 +42,7 @@ class Result(NamedTuple):
 def main(config: Any, workdir: str) -> Result:
   """Trains until config.steps; goes on where an earlier run stopped."""
   # ---------------------------------------------------------------- workdir
+  hosts.cache_programs(config.compilation_cache)
   lead = jax.process_index() == 0
   with checkpoint.lock(workdir, active=lead), _sigterm() as stop:
     # ----------------------------------------------------------------- mesh
@@ -45,6 +54,7 @@ def main(config: Any, workdir: str) -> Result:
 
 def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
   lead = jax.process_index() == 0
+  goodput = metrics.Goodput()
   if lead:
     checkpoint.write_config(workdir, config.to_json_best_effort())
 
@@ -52,8 +62,7 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
   dataset, example = pipeline.make(
     config,
     config.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.host_rows(mesh, config.batch_size),
   )
   data = iter(dataset)
 
@@ -95,16 +104,23 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
   writer.say(
     _overview(workdir, origin, mesh, abstract["params"], optimizer, lead)
   )
+  if writer.repeated:
+    writer.say(f"{writer.repeated} steps after the checkpoint are done again")
   meta = {"config": config.to_json_best_effort()}
   last: dict[str, float] = {}
   pending, step, interrupted = None, start, False
+  goodput.lose("start", time.perf_counter() - goodput.began)
+  logs = _Logs(saves, writer, speed, goodput, config)
   try:
     while step < config.steps and not interrupted:
       began = time.perf_counter()
       host_batch = next(data)
       waited = time.perf_counter() - began
+      goodput.lose("data", waited)
       batch = {
-        name: jax.make_array_from_process_local_data(rows, np.asarray(x))
+        name: jax.make_array_from_process_local_data(
+          rows, np.asarray(x), (config.batch_size, *np.shape(x)[1:])
+        )
         for name, x in host_batch.items()
       }
       state, scalars = update(state, batch)
@@ -112,7 +128,7 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
       speed.add(**count(host_batch))
       # The device works on this step while the host looks at the one before.
       if pending is not None:
-        last = _fetch(*pending, saves, writer, speed, config)
+        last = _fetch(*pending, logs)
       pending = (step, scalars, waited)
       writer.advance()
       interrupted = _told_to_stop(stop, saves, step)
@@ -120,22 +136,28 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
       saving = done or step % config.checkpoint.every == 0
       evaluations = [] if interrupted else evaluate.due(config, step)
       if saving or evaluations or step == start + 1:
-        last = _fetch(*pending, saves, writer, speed, config)
+        last = _fetch(*pending, logs)
         pending = None
+      if step == start + 1:
+        goodput.lose("compiling", time.perf_counter() - began - waited)
       if saving:
-        saves.save(step, state, meta, data)
+        with goodput.losing("checkpoints"):
+          saves.save(step, state, meta, data)
       if evaluations:
-        scores = evaluate.run(
-          config, system, state["params"], mesh, evaluations, writer.say
-        )
+        with goodput.losing("evaluation"):
+          scores = evaluate.run(
+            config, system, state["params"], mesh, evaluations, writer.say
+          )
         writer.write(step, evaluate.scalars(scores))
       if saving or evaluations or step == start + 1:
         speed.restart()
-    saves.wait()
+    with goodput.losing("checkpoints"):
+      saves.wait()
+    writer.say(goodput.line())
   finally:
     writer.close()
     saves.close()
-  if interrupted:
+  if interrupted and lead:
     print(
       f"SIGTERM: saved step {step} in {workdir}; the same command goes on from "
       "there",
@@ -260,12 +282,20 @@ def _gradients(loss, trained, batch, key, accumulate):
   return grads, scalars
 
 
-def _fetch(step, scalars, waited, saves, writer, speed, config):
+class _Logs(NamedTuple):
+  saves: checkpoint.Checkpointer
+  writer: metrics.Writer
+  speed: metrics.Throughput
+  goodput: metrics.Goodput
+  config: Any
+
+
+def _fetch(step, scalars, waited, logs):
   """Metrics of a finished step on the host, written; stops on NaN."""
   row = {name: float(x) for name, x in jax.device_get(scalars).items()}
   bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
   if bad:
-    latest = saves.latest()
+    latest = logs.saves.latest()
     kept = "no checkpoint was saved before it"
     if latest is not None:
       kept = f"the checkpoint of step {latest} is good and the last"
@@ -274,11 +304,16 @@ def _fetch(step, scalars, waited, saves, writer, speed, config):
       "config.optimizer.lr, or look at the data of this step"
     )
   row["data_wait_ms"] = 1e3 * waited
-  if step % config.logging.every == 0 or step == config.steps:
-    row |= speed.report()
-    shown = ("loss", "grad_norm", "lr", "steps_per_second", "mfu")
-    writer.show(step, {k: row[k] for k in shown if k in row})
-  writer.write(step, row)
+  if step % logs.config.logging.every == 0 or step == logs.config.steps:
+    row |= logs.speed.report()
+    row["goodput"] = logs.goodput.share()
+    if jax.process_count() > 1:  # a step takes as long as the last one's data
+      row["slowest_host"], slowest = hosts.slowest(waited)
+      row["slowest_wait_ms"] = 1e3 * slowest
+    shown = ("loss", "grad_norm", "lr", "steps_per_second", "mfu", "goodput")
+    shown += ("slowest_host", "slowest_wait_ms")
+    logs.writer.show(step, {k: row[k] for k in shown if k in row})
+  logs.writer.write(step, row)
   return row
 
 
@@ -304,7 +339,7 @@ def _counter(config: Any, system: systems.System, params: Any, trainable: Any):
     tokens = rows * length
     if "segments" in batch:
       here = int(np.count_nonzero(batch["segments"]))
-      tokens = here * jax.process_count()
+      tokens = here * rows // len(batch["segments"])
     return {"steps": 1, "tokens": tokens, "frames": frames, "flops": flops}
 
   return count

@@ -52,3 +52,8 @@ def pytest_addoption(parser):
     action="store_true",
     help="fail when a golden case has no adapter",
   )
+  parser.addoption(
+    "--all-meshes",
+    action="store_true",
+    help="compare every model on every mesh with one device, not two of them",
+  )

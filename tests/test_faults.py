@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input ends in one clear error, and nothing saved before is lost."""
 
+import errno
 import os
 import pathlib
 import shutil
@@ -96,6 +97,9 @@ def damage(path, how):
   """Cuts or overwrites the data files of a checkpoint's item."""
   for file in path.rglob("*"):
     if file.is_file() and file.parent.name == "d":
+      if how == "missing":
+        file.unlink()
+        continue
       data = bytearray(file.read_bytes())
       middle = len(data) // 2
       data[middle : middle + 16] = bytes(16)
@@ -111,7 +115,7 @@ def test_a_changed_bit_is_found_by_the_checksum():
     checkpoint._verify(manifest, changed, "here")
 
 
-@pytest.mark.parametrize("how", ["cut", "overwritten", "no meta"])
+@pytest.mark.parametrize("how", ["cut", "overwritten", "missing", "no meta"])
 def test_training_falls_back_from_a_damaged_checkpoint(how, workdir, caplog):
   newest = workdir / "checkpoints" / "6"
   if how == "no meta":
@@ -159,6 +163,38 @@ def test_a_workdir_that_cannot_be_written_says_so(tmp_path, capsys):
   assert "is not writable" in one_error(capsys)
   assert run("train", file / "below") == 1
   assert "choose another --workdir" in one_error(capsys)
+
+
+def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(
+  workdir, capsys, monkeypatch
+):
+  from orbax.checkpoint._src.handlers import json_checkpoint_handler as handler
+
+  def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(handler.JsonCheckpointHandler, "_save_fn", full)
+    assert run("train", workdir, "--config.steps=8") == 1
+  error = one_error(capsys)
+  assert "could not be written" in error and "step 6 is kept" in error
+  assert "No space left on device" in error
+  assert steps(workdir) == [4, 6]
+  assert run("train", workdir, "--config.steps=8") == 0
+  assert steps(workdir) == [6, 8]
+
+
+def test_a_file_system_that_became_read_only_says_so(
+  workdir, capsys, monkeypatch
+):
+  def refuse(*args, **kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr(pathlib.Path, "open", refuse)
+  assert run("train", workdir, "--config.steps=9") == 1
+  error = one_error(capsys)
+  assert "is not writable (Read-only file system)" in error
+  assert steps(workdir) == [4, 6]
 
 
 def test_a_batch_that_devices_cannot_share_names_the_fix(tmp_path, capsys):

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import what stands in an earlier row, and itself.
 ORDER = (
-  ("types", "trees"),
+  ("types", "trees", "hosts"),
   ("sharding", "losses", "geometry"),
   ("optim", "checkpoint", "data", "metrics"),  # these know no model
   ("nn", "world"),

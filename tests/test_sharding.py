@@ -2,10 +2,6 @@
 """Where parameters and activations lie, and that it changes no number."""
 
 import logging
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from spatial_jax import metrics, models, optim, sharding, train, trees
+from spatial_jax import models, optim, sharding, train, trees
 from spatial_jax import system as systems
 from spatial_jax.data import pipeline
 from spatial_jax.models import qwen2_5_vl
 from tests import toy
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def state_after_one_step(**sizes):
@@ -163,42 +157,3 @@ def test_an_indivisible_batch_names_a_size_that_fits():
     sharding.check_batch(sharding.mesh(), 9)
   with pytest.raises(ValueError, match="multiple of 16"):
     sharding.check_batch(sharding.mesh(), 8, accumulate=2)
-
-
-HOST = """
-import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-import jax
-port, number, workdir = sys.argv[1:]
-jax.distributed.initialize(
-  f"127.0.0.1:{port}", num_processes=2, process_id=int(number)
-)
-from spatial_jax import train
-from tests import toy
-config = toy.get_config()
-config.steps = 3
-train.main(config.lock(), workdir)
-"""
-
-
-def test_two_hosts_train_as_one(tmp_path):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-  hosts = [
-    subprocess.Popen(
-      [sys.executable, "-c", HOST, port, str(i), str(tmp_path / "two")],
-      cwd=ROOT,
-    )
-    for i in range(2)
-  ]
-  config = toy.get_config()
-  config.steps = 3
-  train.main(config.lock(), str(tmp_path / "one"))
-  assert [host.wait(timeout=120) for host in hosts] == [0, 0]
-  two, one = (metrics.read(str(tmp_path / name)) for name in ("two", "one"))
-  assert [row["step"] for row in two] == [1, 2, 3]
-  for a, b in zip(two, one, strict=True):
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-  data = tmp_path / "two" / "checkpoints" / "3" / "data"
-  assert len(list(data.glob("process_*-of-2.json"))) == 2

@@ -10,10 +10,14 @@ VOCAB, LENGTH = 16, 8
 
 
 class Source:
-  """Row i depends on i alone; after `slow_after` reads each takes a second."""
+  """Row i depends on i alone.
 
-  def __init__(self, rows: int, slow_after: int = 0):
+  After `slow_after` reads each takes a second; `pause` seconds at all times.
+  """
+
+  def __init__(self, rows: int, slow_after: int = 0, pause: float = 0.0):
     self._rows, self._slow_after, self._reads = rows, slow_after, 0
+    self._pause = pause
 
   def __len__(self):
     return self._rows
@@ -22,6 +26,7 @@ class Source:
     self._reads += 1
     if self._slow_after and self._reads > self._slow_after:
       time.sleep(1.0)
+    time.sleep(self._pause)
     rng = np.random.default_rng([7, int(index)])
     tokens = rng.integers(0, VOCAB, LENGTH, dtype=np.int32)
     weight = rng.integers(0, 2, LENGTH).astype(np.float32)
@@ -37,4 +42,7 @@ class Source:
 
 
 def make(config, split):
-  return Source(config.data.rows[split], config.data.get("slow_after", 0))
+  data = config.data
+  return Source(
+    data.rows[split], data.get("slow_after", 0), data.get("pause", 0.0)
+  )

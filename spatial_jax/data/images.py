@@ -82,6 +82,14 @@ def siglip(image: Any, side: int = 384) -> Float[Array, "side side 3"]:
   return normalize(resize(to_rgb(image), side, side))
 
 
+def gemma3(image: Any, side: int = 896) -> Float[Array, "side side 3"]:
+  """Gemma 3: stretched to a square, bilinearly."""
+  from PIL import Image
+
+  image = Image.fromarray(to_rgb(image)).resize((side, side), Image.BILINEAR)
+  return normalize(np.asarray(image))
+
+
 def dinov2(
   image: Any, side: int = 224, short: int = 256
 ) -> Float[Array, "side side 3"]:

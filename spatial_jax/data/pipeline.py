@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """source -> shuffle -> repeat -> this host's share -> batches, with grain.
 
-A source is random access: example i depends on i alone. So the order of
-batches depends on the seed only, not on threads, processes or where a run was
-interrupted, and the iterator's state is one number.
+A source is random access: example i depends on i alone. So batches depend on
+the seed only, not on threads, hosts or where a run was interrupted, and the
+iterator's state is one number, the same for all hosts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -42,6 +42,23 @@ class Check:
     return example
 
 
+class Share(grain.MapDataset):
+  """Some rows of each batch of another dataset, in turn."""
+
+  def __init__(
+    self, parent: grain.MapDataset, batch_size: int, rows: tuple[int, ...]
+  ):
+    super().__init__(parent)
+    self._batch_size, self._rows = batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._parent) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Example:
+    batch, row = divmod(index, len(self._rows))
+    return self._parent[batch * self._batch_size + self._rows[row]]
+
+
 def spec(example: Example) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Shape and dtype of each array of an example."""
   return {
@@ -58,37 +75,27 @@ def make(
   config: Any,
   batch_size: int,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> tuple[grain.IterDataset, dict[str, tuple[tuple[int, ...], np.dtype]]]:
   """Endless batches for this host, and the spec of one example.
 
   Args:
     config: the whole config; its `data` section is read here.
     batch_size: examples over all hosts.
-    process_index: this host.
-    process_count: how many hosts share the batch.
+    rows: of each batch, those that this host makes, see `sharding.host_rows`;
+      by default all.
   """
-  if batch_size % process_count:
-    raise ValueError(
-      f"config.batch_size={batch_size} is not divisible by the number of "
-      f"hosts, {process_count}"
-    )
   data = config.data
   source = workers.make(config, data.split)
-  if len(source) < process_count:
-    raise ValueError(
-      f"config.data.source={data.source!r} has {len(source)} example(s) in "
-      f"split {data.split!r}, too few for {process_count} host(s)"
-    )
   first = spec(source[0])
   if data.workers:
     source = workers.Workers(config, data.split, data.workers)
   dataset = grain.MapDataset.source(source).seed(data.seed)
   if data.shuffle:
     dataset = dataset.shuffle()
-  dataset = dataset.repeat()[process_index::process_count]
-  dataset = dataset.map(Check(first)).batch(batch_size // process_count)
+  rows = tuple(range(batch_size) if rows is None else rows)
+  dataset = Share(dataset.repeat(), batch_size, rows)
+  dataset = dataset.map(Check(first)).batch(len(rows))
   # Each thread makes a whole batch, `prefetch` of them ahead of the device.
   options = grain.ReadOptions(
     num_threads=max(data.threads, data.workers),

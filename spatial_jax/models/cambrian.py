@@ -38,6 +38,7 @@ from flax import linen as nn
 from spatial_jax import hf, losses
 from spatial_jax.data import images as preparation
 from spatial_jax.models import convnext, llm, sva, sva_keys, vit, vit_keys
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -184,6 +185,7 @@ class Model(nn.Module):
     padding: Int[Array, "B F E 2"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -197,11 +199,13 @@ class Model(nn.Module):
       features: instead, of each tower [B F n Dv], as `encode` returns them.
       padding: padded cells at each end of the rows and of the columns of each
         tower's grid, from `data.cambrian.padding`. None: images are square.
+      edits: of the residual stream of "llm"; see `nn.edit`.
 
     `out` holds "NAME/tokens" [B F n Dv] of each tower, what `sva.Aggregator`
     (whose images are B*F) and `llm.Model` return, and "inputs" [B T D].
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, ("llm",))
     embeddings, out, inject = self._llm.embed(jnp.maximum(tokens, 0)), {}, None
     if images is not None:
       pixels = prepare(images, self.towers, self.pixels)
@@ -226,6 +230,7 @@ class Model(nn.Module):
       cache,
       embeddings=embeddings,
       inject=inject,
+      edit=edits.get("llm"),
       last=last,
     )
     return logits, {**out, **more}
@@ -279,6 +284,7 @@ def prepare(
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch; keys "pixels/..." become one dict."""
   names = ("tokens", "positions", "segments", "shared", "images", "padding")
+  names += ("edits",)
   kwargs = {name: batch[name] for name in names if name in batch}
   for group in ("pixels", "features"):
     prefix = f"{group}/"

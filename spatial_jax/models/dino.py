@@ -108,14 +108,17 @@ class Attention(nn.Module):
       return y if rotary is None else rope.rotate_axial(y, rotary)
 
     rows = (B, F * P) if self.across else (B * F, P)
-    axes = "batch length" if self.across else "batch patches"
+    axes = "batch length" if self.across else "rows patches"
+    seen = "batch keys" if self.across else axes
 
-    def arrange(y):
+    def arrange(y, axes):
       y = y.reshape(*rows, self.heads, D // self.heads).astype(self.dtype)
       return sharding.constrain(y, f"{axes} act_heads head_dim")
 
     y = unmasked(
-      *(arrange(project(name)) for name in ("query", "key", "value"))
+      arrange(project("query"), axes),
+      arrange(project("key"), seen),
+      arrange(project("value"), seen),
     )
     y = y.reshape(B, F, P, D)
     return Dense(D, dtype=self.dtype, kernel_init=self.kernel_init, name="out")(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders by variant: Llama, Vicuna, Yi, DeepSeek, Qwen2 and 3, Gemma, Molmo2.
+"""Decoders by variant: Llama, Vicuna, Yi, DeepSeek, Qwen, Gemma, Molmo2.
 
 Papers: https://arxiv.org/abs/2307.09288 (Llama 2), 2407.21783 (Llama 3),
-2412.15115 (Qwen2.5), 2505.09388 (Qwen3), 2403.08295 (Gemma). Weights and names
-of tensors: see `llm_variants`.
+2412.15115 (Qwen2.5), 2505.09388 (Qwen3), 2403.08295 (Gemma), 2503.19786 (Gemma
+3). Weights and names of tensors: see `llm_variants`.
 tokens -> embed [B T D] -> L x (RMSNorm, attention, RMSNorm, gated MLP)
 -> RMSNorm -> head [B T V].
 
@@ -21,6 +21,7 @@ H head dim, M mlp width, V vocabulary, L layers, C condition width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ class Attention(nn.Module):
   qk_norm: bool = False
   eps: float = 1e-6
   dtype: str = "float32"
+  norm_offset: float = 0.0
 
   def setup(self) -> None:
     def dense(heads):
@@ -71,8 +73,8 @@ class Attention(nn.Module):
     self.value = dense(self.kv_heads)
     self.out = Dense(self.width, use_bias=False, dtype=self.dtype)
     if self.qk_norm:
-      self.query_norm = RMSNorm(self.eps, self.dtype)
-      self.key_norm = RMSNorm(self.eps, self.dtype)
+      self.query_norm = RMSNorm(self.eps, self.dtype, self.norm_offset)
+      self.key_norm = RMSNorm(self.eps, self.dtype, self.norm_offset)
 
   def project(
     self, x: Float[Array, "B T D"], rotary: rope.Rotary
@@ -117,6 +119,8 @@ class Block(nn.Module):
   eps: float = 1e-6
   dtype: str = "float32"
   packing: tuple[int, int] | None = None
+  post_norm: bool = False
+  full_every: int = 0  # above 0, masks and rotary tables are pairs
 
   def setup(self) -> None:
     self.attention_norm = _norm(self)
@@ -129,8 +133,12 @@ class Block(nn.Module):
       self.qk_norm,
       self.eps,
       self.dtype,
+      self.norm_offset,
     )
     self.mlp_norm = _norm(self)
+    if self.post_norm:
+      self.attention_post_norm = _norm(self)
+      self.mlp_post_norm = _norm(self)
     self.mlp = GatedMlp(
       self.mlp_width, dtype=self.dtype, activation=self.activation
     )
@@ -147,6 +155,12 @@ class Block(nn.Module):
     number=None,
     edit=None,
   ):
+    if self.full_every:
+      is_full = (number + 1) % self.full_every == 0
+      mask, rotary = (
+        jax.tree.map(functools.partial(jnp.where, is_full), *pair)
+        for pair in (mask, rotary)
+      )
     heads, gate = self.project(x, rotary, condition)
     y, cache = self._attend(*heads, mask, cache, index)
     x = self.merge(x, y, gate, condition)
@@ -174,9 +188,11 @@ class Block(nn.Module):
     condition: Float[Array, "B C"] | None = None,
   ) -> Float[Array, "B T D"]:
     """Residual stream plus what the heads have read, plus the MLP."""
-    x = _add(x, self.attention.merge(y), gate)
+    y = self.attention.merge(y)
+    x = _add(x, self.attention_post_norm(y) if self.post_norm else y, gate)
     y, gate = _normed(self.mlp_norm, x, condition)
-    return _add(x, self.mlp(y), gate)
+    y = self.mlp(y)
+    return _add(x, self.mlp_post_norm(y) if self.post_norm else y, gate)
 
   def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
@@ -186,6 +202,11 @@ class Block(nn.Module):
           old, new.astype(old.dtype), index, axis=1
         )
         for old, new in zip(cache, (key, value), strict=True)
+      )
+    if cache is None:
+      key, value = (
+        sharding.constrain(x, "batch keys act_heads head_dim")
+        for x in (key, value)
       )
     if self.packing and cache is None:
       return chunked(query, key, value, mask, *self.packing), cache
@@ -225,7 +246,7 @@ class Model(nn.Module):
   # Of the frequencies for t, h, w in turn. As published for Qwen2.5-VL, for
   # H = 128; None for text: only t counts.
   sections: tuple[int, ...] | None = (16, 24, 24)
-  # (factor, low, high, length), see rope.stretch
+  # (factor, low, high, length), see rope.stretch; (factor,) for all waves
   rope_scaling: tuple[float, ...] | None = None
   eps: float = 1e-6
   bias: bool = True  # of query, key and value
@@ -233,6 +254,12 @@ class Model(nn.Module):
   activation: str = "silu"  # of the MLP's gate; see layers.activation
   norm_offset: float = 0.0  # 1: scales are what the factors have above one
   adaptive: bool = False  # norms follow a condition
+  post_norm: bool = False  # of what attention and MLP add, too
+  # Layers see the last `window` tokens only, and turn with `window_theta`, but
+  # for each `full_every`-th; 0: all layers see all.
+  window: int = 0
+  window_theta: float = 1e4
+  full_every: int = 6
   scale_embed: bool = False  # embeddings times sqrt(width)
   new_vocab: int = 0  # tokens after the vocabulary that are only read
   dtype: str = "float32"
@@ -283,6 +310,8 @@ class Model(nn.Module):
       "eps": self.eps,
       "dtype": self.dtype,
       "packing": self.packing,
+      "post_norm": self.post_norm,
+      "full_every": self.full_every if self.window else 0,
     }
 
   @property
@@ -333,13 +362,18 @@ class Model(nn.Module):
     mask = packed_mask(
       segments, keys["segments"], keys["shared"], index, mutual=groups
     )
-    rotary = self._rotary(positions)
+    rotary = self._rotary(positions, self.theta, self.rope_scaling)
+    if self.window:
+      place = jnp.arange(mask.shape[1]) + index, jnp.arange(mask.shape[2])
+      near = place[0][:, None] - place[1][None] < self.window
+      mask = mask, mask & near[None]
+      rotary = rotary, self._rotary(positions, self.window_theta)
     out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
     number = None
-    if edit is not None:
-      x, number = edits.apply(edit, x, 0), jnp.arange(self.layers)
-    out["llm/embedded"] = x
+    if edit is not None or self.window:
+      number = jnp.arange(self.layers)
+    out["llm/embedded"] = x = edits.apply(edit, x, 0)
     x, (out["llm/blocks"], pairs) = self.blocks(
       x, pairs, mask, rotary, index, condition, inject, number, edit
     )
@@ -354,22 +388,25 @@ class Model(nn.Module):
     logits = self.embed.attend(x) if self.tied else self.head(x)
     return sharding.constrain(logits, "batch length act_vocab"), out
 
-  def _rotary(self, positions):
-    options = self._head_dim, self.theta
+  def _rotary(self, positions, theta, scaling=None):
+    options = self._head_dim, theta
     if positions.ndim == 3 and self.sections is not None:
-      return rope.multimodal(
-        positions, *options, self.sections, self.rope_scaling
-      )
+      return rope.multimodal(positions, *options, self.sections, scaling)
     if positions.ndim == 3:
       positions = positions[:, 0]
-    return rope.linear(positions, *options, self.rope_scaling)
+    return rope.linear(positions, *options, scaling)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """Empty cache of `length` slots; needs no parameters."""
     shape = (self.layers, batch, length, self.kv_heads, self._head_dim)
+
+    def empty():
+      x = jnp.zeros(shape, self.dtype)
+      return sharding.constrain(x, "layers batch length act_heads head_dim")
+
     return {
-      "key": jnp.zeros(shape, self.dtype),
-      "value": jnp.zeros(shape, self.dtype),
+      "key": empty(),
+      "value": empty(),
       "segments": jnp.zeros((batch, length), jnp.int32),
       "shared": jnp.zeros((batch, length), bool),
       "mutual": jnp.zeros((batch, length), jnp.int32),

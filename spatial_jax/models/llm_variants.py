@@ -11,6 +11,7 @@
 | qwen3 | Qwen/Qwen3-* |
 | molmo2 | the decoders of allenai/Molmo2-* |
 | gemma | google/gemma-2b; PaliGemma and pi0 override its vocabulary |
+| gemma3-4b | the decoder of google/gemma-3-4b-* |
 | gemma-300m | pi0's action expert, which has neither embedding nor head |
 
 A fine-tuned checkpoint with more tokens overrides `vocab`.
@@ -54,6 +55,14 @@ _GEMMA = {
   "norm_offset": 1.0,
   "scale_embed": True,
 }
+_GEMMA3 = {
+  **_GEMMA,
+  "theta": 1e6,
+  "rope_scaling": (8.0,),  # of full layers
+  "qk_norm": True,
+  "post_norm": True,
+  "window": 1024,
+}
 _MOLMO2 = {**_QWEN3, "tied": False, "new_vocab": 128}
 
 # width, layers, heads, kv heads, mlp, vocabulary
@@ -88,6 +97,7 @@ VARIANTS = {
   "molmo2-4b": _size(2560, 36, 32, 8, 9728, 151936, **_MOLMO2, theta=5e6),
   "molmo2-8b": _size(4096, 36, 32, 8, 12288, 151936, **_MOLMO2),
   "gemma-2b": _size(2048, 18, 8, 1, 16384, 256000, **_GEMMA),
+  "gemma3-4b": _size(2560, 34, 8, 4, 10240, 262208, **_GEMMA3),
   # pi0.5 sets `adaptive` as well.
   "gemma-300m": _size(1024, 18, 8, 1, 4096, 0, **_GEMMA),
 }
@@ -124,6 +134,18 @@ KEYS = (
   ("norm.weight", "norm/scale"),
   ("norm.dense.weight", "norm/modulation/kernel"),
   ("norm.dense.bias", "norm/modulation/bias"),
+)
+
+# Gemma 3 has norms before and after; the others call the one before the MLP
+# what is here the one after attention.
+GEMMA3 = (
+  *(row for row in KEYS if row[1] != "blocks/mlp_norm/scale"),
+  *_layers(
+    "layers",
+    ("post_attention_layernorm.weight", "attention_post_norm/scale"),
+    ("pre_feedforward_layernorm.weight", "mlp_norm/scale"),
+    ("post_feedforward_layernorm.weight", "mlp_post_norm/scale"),
+  ),
 )
 
 _TABLES = ("embed/embedding", "embed/new/embedding")

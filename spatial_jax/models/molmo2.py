@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from spatial_jax import hf, losses
 from spatial_jax.models import llm, llm_variants, molmo2_vit
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.types import Array, Float, Int
 
 Out = dict[str, Any]
@@ -84,6 +85,7 @@ class Model(nn.Module):
     pooling: Int[Array, "B Q S"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -97,11 +99,14 @@ class Model(nn.Module):
         both ways.
       images: see `data.molmo2.frames`.
       pooling: see `data.molmo2.pooling`.
+      edits: of the residual streams of "vit" [B*F P C] and "llm"; see
+        `nn.edit`.
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, ("vit", "llm"))
     embeddings, out = self._llm.embed(tokens), {}
     if images is not None:
-      merged, out = self._vision(images, pooling)
+      merged, out = self._vision(images, pooling, edits.get("vit"))
       placed = llm.place(
         jnp.zeros_like(embeddings), merged, tokens == self.image_token
       )
@@ -114,6 +119,7 @@ class Model(nn.Module):
       cache=cache,
       mutual=mutual,
       embeddings=embeddings,
+      edit=edits.get("llm"),
       last=last,
     )
     return logits, {**out, **more}
@@ -126,6 +132,7 @@ class Model(nn.Module):
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch."""
   names = ("tokens", "positions", "segments", "mutual", "images", "pooling")
+  names += ("edits",)
   return {name: batch[name] for name in names if name in batch}
 
 

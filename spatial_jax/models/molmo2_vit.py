@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from spatial_jax.models import molmo2_keys, vit
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.attention import attention
 from spatial_jax.nn.layers import Dense, GatedMlp
 from spatial_jax.types import Array, Bool, Float, Int
@@ -123,6 +124,7 @@ class Model(nn.Module):
     self,
     images: Float[Array, "B F height width 3"],
     pooling: Int[Array, "B Q S"],
+    edit: edit_lib.Edits = None,
   ) -> tuple[Float[Array, "B Q E"], Out]:
     """Tokens for the decoder and intermediates.
 
@@ -132,7 +134,7 @@ class Model(nn.Module):
     B, F = images.shape[:2]
     shared = {"dtype": self.dtype, "remat": self.remat}
     tower = vit.Model(**{**shared, **self.vit}, read=self.read, name="vit")
-    _, out = tower(images.reshape(B * F, *images.shape[2:]))
+    _, out = tower(images.reshape(B * F, *images.shape[2:]), edit)
     features = jnp.concatenate([*out["vit/read"]], axis=-1)
     features = features.reshape(B, -1, features.shape[-1])
     out["vit/features"] = features

@@ -28,6 +28,7 @@ from flax import linen as nn
 
 from spatial_jax import hf, losses
 from spatial_jax.models import llm, llm_variants, vit, vit_keys
+from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.layers import Dense
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -122,6 +123,7 @@ class Model(nn.Module):
     images: Float[Array, "B F height width 3"] | None = None,
     cache: llm.Cache | None = None,
     *,
+    edits: Mapping[str, edit_lib.Edits] | None = None,
     last: Int[Array, " B"] | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, "B logits V"], Out]:
@@ -134,13 +136,16 @@ class Model(nn.Module):
       prefix: True for images and prompt, which see each other both ways. Later
         tokens see what is before them.
       images: from -1 to 1.
+      edits: of the residual streams of "vit" [B*F P/F Dv] and "llm"; see
+        `nn.edit`.
     """
     del train  # no dropout
+    edits = edit_lib.check(edits, PARTS)
     is_image = tokens == self.image_token
     # Their id may lie outside of the table.
     embeddings, out = self._llm.embed(jnp.where(is_image, 0, tokens)), {}
     if images is not None:
-      connected, out = self.encode(images)
+      connected, out = self.encode(images, edits.get("vit"))
       embeddings = llm.place(embeddings, connected, is_image)
     logits, more = self._llm(
       tokens,
@@ -149,16 +154,19 @@ class Model(nn.Module):
       cache=cache,
       mutual=None if prefix is None else prefix.astype(jnp.int32),
       embeddings=embeddings,
+      edit=edits.get("llm"),
       last=last,
     )
     return logits, {**out, **more}
 
   def encode(
-    self, images: Float[Array, "B F height width 3"]
+    self,
+    images: Float[Array, "B F height width 3"],
+    edit: edit_lib.Edits = None,
   ) -> tuple[Float[Array, "B P D"], Out]:
     """Tokens of all images of a row, one image after the other."""
     B, F = images.shape[:2]
-    x, out = self._vit(images.reshape(B * F, *images.shape[2:]))
+    x, out = self._vit(images.reshape(B * F, *images.shape[2:]), edit)
     x = self.connector(x)
     out["vit/connected"] = x = x.reshape(B, -1, x.shape[-1])
     return x, out
@@ -171,6 +179,7 @@ class Model(nn.Module):
 def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch."""
   names = ("tokens", "positions", "segments", "prefix", "images")
+  names += ("edits",)
   return {name: batch[name] for name in names if name in batch}
 
 

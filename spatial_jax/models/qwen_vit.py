@@ -2,7 +2,7 @@
 """Qwen2.5-VL's vision transformer: patches -> blocks -> 2x2 merge -> tokens.
 
 Paper: https://arxiv.org/abs/2502.13923. Weights: the `visual.*` tensors of
-Qwen/Qwen2.5-VL-*.
+Qwen/Qwen2.5-VL-*, and with `plain` of Qwen/Qwen2-VL-* (2409.12191).
 patches [B P C] -> linear -> L x (RMSNorm, attention, RMSNorm, SwiGLU) ->
 merger: RMSNorm, four patches side by side, MLP -> [B P/4 out_width].
 
@@ -34,46 +34,60 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from spatial_jax import sharding
+from spatial_jax import hf, sharding
 from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import edit as edits
 from spatial_jax.nn import pruning, rope, scorer
 from spatial_jax.nn.attention import attention, share
-from spatial_jax.nn.layers import Dense, GatedMlp, RMSNorm, fan_in_init
+from spatial_jax.nn.layers import (
+  Dense,
+  GatedMlp,
+  LayerNorm,
+  Mlp,
+  RMSNorm,
+  fan_in_init,
+)
 from spatial_jax.types import Array, Float
 
 Grid = tuple[int, int, int]
 Out = dict[str, Any]
 
+
+def _linear(theirs, ours):
+  return (
+    (f"{theirs}.weight", f"{ours}/kernel"),
+    (f"{theirs}.bias", f"{ours}/bias"),
+  )
+
+
 KEYS = (
   ("patch_embed.proj.weight", "patch_embed/kernel"),
-  *(
-    (f"blocks.{{i}}.{theirs}", f"blocks/{ours}")
-    for theirs, ours in (
+  *hf.nest(
+    (
       ("norm1.weight", "attention_norm/scale"),
-      ("attn.qkv.weight", "qkv/kernel"),
-      ("attn.qkv.bias", "qkv/bias"),
-      ("attn.proj.weight", "out/kernel"),
-      ("attn.proj.bias", "out/bias"),
+      *_linear("attn.qkv", "qkv"),
+      *_linear("attn.proj", "out"),
       ("norm2.weight", "mlp_norm/scale"),
-      ("mlp.gate_proj.weight", "mlp/gate/kernel"),
-      ("mlp.gate_proj.bias", "mlp/gate/bias"),
-      ("mlp.up_proj.weight", "mlp/up/kernel"),
-      ("mlp.up_proj.bias", "mlp/up/bias"),
-      ("mlp.down_proj.weight", "mlp/down/kernel"),
-      ("mlp.down_proj.bias", "mlp/down/bias"),
-    )
+      *_linear("mlp.gate_proj", "mlp/gate"),
+      *_linear("mlp.up_proj", "mlp/up"),
+      *_linear("mlp.down_proj", "mlp/down"),
+    ),
+    "blocks.{i}.",
+    "blocks/",
   ),
-  *(
-    (f"temporal_token_scorer.{theirs}", f"scorer/{ours}")
-    for theirs, ours in scorer.KEYS
-  ),
+  *hf.nest(scorer.KEYS, "temporal_token_scorer.", "scorer/"),
   ("merger.ln_q.weight", "merger/norm/scale"),
-  ("merger.mlp.0.weight", "merger/up/kernel"),
-  ("merger.mlp.0.bias", "merger/up/bias"),
-  ("merger.mlp.2.weight", "merger/down/kernel"),
-  ("merger.mlp.2.bias", "merger/down/bias"),
+  *_linear("merger.mlp.0", "merger/up"),
+  *_linear("merger.mlp.2", "merger/down"),
+)
+PLAIN_KEYS = (
+  *(row for row in KEYS if not row[1].startswith("blocks/mlp/")),
+  ("blocks.{i}.norm1.bias", "blocks/attention_norm/bias"),
+  ("blocks.{i}.norm2.bias", "blocks/mlp_norm/bias"),
+  *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/up"),
+  *_linear("blocks.{i}.mlp.fc2", "blocks/mlp/down"),
+  ("merger.ln_q.bias", "merger/norm/bias"),
 )
 
 
@@ -106,13 +120,15 @@ class Block(nn.Module):
   full: tuple[int, int]  # so many layers of so many have no windows
   eps: float
   dtype: str
+  plain: bool = False
 
   @nn.compact
   def __call__(
     self, x, is_full, rotary, layout, bias=None, number=None, edit=None
   ):
     R, S, D = x.shape
-    y = RMSNorm(self.eps, self.dtype, name="attention_norm")(x)
+    norm = LayerNorm if self.plain else RMSNorm
+    y = norm(self.eps, self.dtype, name="attention_norm")(x)
     qkv = Dense(3 * D, dtype=self.dtype, name="qkv")(y)
     qkv = qkv.reshape(R, S, 3, self.heads, D // self.heads)
     query, key, value = (qkv[:, :, i] for i in range(3))
@@ -121,8 +137,11 @@ class Block(nn.Module):
     y = self._attend(qkv, is_full, layout, bias).reshape(R, S, D)
     y = Dense(D, dtype=self.dtype, name="out")(y)
     x = sharding.constrain(x + y, "batch patches act_embed")
-    y = RMSNorm(self.eps, self.dtype, name="mlp_norm")(x)
-    y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
+    y = norm(self.eps, self.dtype, name="mlp_norm")(x)
+    if self.plain:
+      y = Mlp(self.mlp, "quick_gelu", True, self.dtype, name="mlp")(y)
+    else:
+      y = GatedMlp(self.mlp, True, self.dtype, name="mlp")(y)
     x = sharding.constrain(x + y, "batch patches act_embed")
     if edit is not None:
       x = edits.apply(edit, x, number + 1)
@@ -177,11 +196,13 @@ class Merger(nn.Module):
   group: int
   eps: float
   dtype: str
+  plain: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B M E"]:
     B, P, D = x.shape
-    x = RMSNorm(self.eps, self.dtype, name="norm")(x)
+    norm = LayerNorm if self.plain else RMSNorm
+    x = norm(self.eps, self.dtype, name="norm")(x)
     x = x.reshape(B, P // self.group, D * self.group)
     x = Dense(x.shape[-1], dtype=self.dtype, name="up")(x)
     x = nn.gelu(x, approximate=False)
@@ -202,6 +223,7 @@ class Model(nn.Module):
   merge: int = 2
   window: int = 112  # side in pixels; 0: full attention in every layer
   full_layers: tuple[int, ...] = (7, 15, 23, 31)
+  plain: bool = False  # LayerNorm, and an MLP with quick GELU and no gate
   theta: float = 1e4
   eps: float = 1e-6
   dtype: str = "float32"
@@ -269,6 +291,7 @@ class Model(nn.Module):
       (sum(is_full), self.layers),
       self.eps,
       self.dtype,
+      self.plain,
     )
     block, is_full = remat(Block, self.remat), jnp.array(is_full)
     blocks = nn.scan(
@@ -305,7 +328,12 @@ class Model(nn.Module):
       )
     out["vit/tokens"] = x.reshape(B, P, self.width)
     merger = Merger(
-      self.out_width, self.merge**2, self.eps, self.dtype, name="merger"
+      self.out_width,
+      self.merge**2,
+      self.eps,
+      self.dtype,
+      self.plain,
+      name="merger",
     )
     merged = merger(out["vit/tokens"])
     if self.frame_table:

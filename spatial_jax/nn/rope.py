@@ -26,11 +26,16 @@ def frequencies(
 ) -> np.ndarray:
   """theta^(-2i/dim), in float32 steps as the published code computes them.
 
-  `scaling` is (factor, low, high, length) of `stretch`.
+  `scaling` is (factor, low, high, length) of `stretch`, or (factor,) for all
+  waves to become that much longer.
   """
   exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
   freqs = np.float32(1) / np.power(np.float32(theta), exponent)
-  return freqs if scaling is None else stretch(freqs, *scaling)
+  if scaling is None:
+    return freqs
+  if len(scaling) == 1:
+    return freqs / np.float32(scaling[0])
+  return stretch(freqs, *scaling)
 
 
 def stretch(
