@@ -13,6 +13,7 @@ once through, links at their full rate. Programs reach 60 to 70 percent of it.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import Any
@@ -185,10 +186,9 @@ def find(config: Any, topology: chips.Topology) -> summary.Plan:
 
 def _least(config, topology):
   """Bytes of the state on each chip, without compiling."""
-  sizes = tuple(
-    topology.count if size == -1 else size
-    for size in config.mesh.to_dict().values()
-  )
+  sizes = [config.mesh[name] for name in sharding.MESH_AXES]
+  fixed = math.prod(size for size in sizes if size != -1)
+  sizes = tuple(topology.count // fixed if s == -1 else s for s in sizes)
   mesh = AbstractMesh(
     sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
   )
