@@ -70,9 +70,21 @@ def test_fine_tuning_runs_and_writes_weights_that_load(tmp_path, monkeypatch):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_is_probed_patched_and_steered(tmp_path, monkeypatch):
+  printed = run("dual_mechanisms.ipynb", tmp_path, monkeypatch)
+  assert "to the left or the right" in printed
+  assert re.search(r"probe, decoder's input +[01]\.\d", printed)
+  assert re.search(r"steering, honest gain +-?[01]\.\d", printed)
+
+
 def test_every_notebook_is_run_here():
-  names = {path.name for path in ROOT.glob("colabs/*.ipynb")}
-  assert names == {"quickstart.ipynb", "finetune_from_safetensors.ipynb"}
+  names = {path.stem for path in ROOT.glob("colabs/*.ipynb")}
+  assert names == {
+    "quickstart",
+    "finetune_from_safetensors",
+    "dual_mechanisms",
+  }
 
 
 def test_the_example_of_the_readme_runs(tmp_path):

@@ -88,7 +88,8 @@ def ablate(
       made[name] = steering.remove(plain, mask, directions)
     for name, x in made.items():
       edit = Edit(0, mask, replace=jnp.asarray(x))
-      ok[name].append(right(subject.words(batch.inputs, edit), batch.label))
+      p, _ = subject.ask(batch.inputs, edit)
+      ok[name].append(right(p, batch.label))
     if axis == "left_right":
       rows, keep = _criss_cross(subject, batch, made[CONDITIONS[2]], mask)
       curve.append(rows[:, keep])
@@ -112,12 +113,12 @@ def _criss_cross(subject, batch, ablated, mask):
   At slot 0 the swap comes after the ablation. Items count that are right under
   ablation, in both images and orders.
   """
-  before = (Edit(0, mask, replace=jnp.asarray(ablated)),)
+  before = Edit(0, mask, replace=jnp.asarray(ablated))
   theirs = values(subject, batch, mirrored=True)[CONDITIONS[2]]
   other, slots = subject.ask(
-    subject.mirrored(batch), (Edit(0, mask, replace=jnp.asarray(theirs)),)
+    subject.mirrored(batch), Edit(0, mask, replace=jnp.asarray(theirs))
   )
-  p = subject.words(batch.inputs, before[0])
+  p, _ = subject.ask(batch.inputs, before)
   keep = right(p, batch.label).all(-1)
   keep &= right(other, 1 - batch.label).all(-1)
   where = patch_places(subject, batch)["objects"]

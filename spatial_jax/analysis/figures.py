@@ -30,7 +30,7 @@ def _open(title: str, note: str, height: int) -> list[str]:
   ]
   lines = textwrap.wrap(note, 100)
   parts += [
-    f'<text x="12" y="{height - 15 * (len(lines) - i) + 5}" fill="{MUTED}" '
+    f'<text x="12" y="{height - 15 * (len(lines) - i) + 7}" fill="{MUTED}" '
     f'font-size="11.5">{html.escape(line)}</text>'
     for i, line in enumerate(lines)
   ]
@@ -38,7 +38,7 @@ def _open(title: str, note: str, height: int) -> list[str]:
 
 
 def _height(note: str) -> int:
-  return HEIGHT + 15 * len(textwrap.wrap(note, 100))
+  return HEIGHT + 10 + 15 * len(textwrap.wrap(note, 100))
 
 
 def lines(
@@ -143,7 +143,7 @@ def bars(
   group = 16 * len(names) + 12
   left, right, top = 230, WIDTH - 50, 66
   bottom = top + group * len(rows)
-  height = bottom + 48 + 15 * len(textwrap.wrap(note, 100))
+  height = bottom + 54 + 15 * len(textwrap.wrap(note, 100))
 
   def x(value):
     return left + (right - left) * float(np.clip(value, 0, 1))
@@ -152,8 +152,8 @@ def bars(
   for i, name in enumerate(names):
     color = LINE_COLORS[i % len(LINE_COLORS)]
     parts.append(
-      f'<rect x="{left + 150 * i}" y="38" width="11" height="11" '
-      f'fill="{color}"/><text x="{left + 16 + 150 * i}" y="48" fill="{INK}">'
+      f'<rect x="{12 + 170 * i}" y="38" width="11" height="11" '
+      f'fill="{color}"/><text x="{28 + 170 * i}" y="48" fill="{INK}">'
       f"{html.escape(name)}</text>"
     )
   for value in (0, 0.25, 0.5, 0.75, 1):
@@ -179,8 +179,9 @@ def bars(
   if level:
     parts.append(
       f'<path d="M{x(level[1])} {top - 6}V{bottom}" stroke="{INK}" '
-      f'stroke-dasharray="3 3"/><text x="{x(level[1]) + 4}" y="{top - 9}" '
-      f'fill="{MUTED}" font-size="11">{html.escape(level[0])}</text>'
+      f'stroke-dasharray="3 3"/><text x="{right}" y="{top - 9}" '
+      f'text-anchor="end" fill="{MUTED}" font-size="11">'
+      f"{html.escape(level[0])}</text>"
     )
   parts.append(
     f'<text x="{(left + right) / 2}" y="{bottom + 34}" text-anchor="middle" '

@@ -89,8 +89,10 @@ def sheet(
     ):
       x0, y0, x1, y1 = np.asarray(box) * SIDE / pixels
       pen.rectangle((x + x0, y + y0, x + x1 - 1, y + y1 - 1), outline=color)
-      at = (x + min(x0 + 2, SIDE - 60), y + max(y0 - 16, 0))
-      pen.text(at, name, fill=color, font=small)
+      wide = pen.textlength(name, font=small)
+      at = x + max(min(x0, SIDE - wide - 4), 0), y + max(y0 - 18, 0)
+      pen.rectangle((*at, at[0] + wide + 4, at[1] + 17), fill=color)
+      pen.text((at[0] + 2, at[1]), name, fill=INK, font=small)
   x, y = place(Image.new("RGB", (SIDE, SIDE), "white"), 0, len(frames))
   for i, line in enumerate(("mean over all", "held-out frames", "(below)")):
     pen.text((x + 30, y + 60 + 20 * i), line, fill=MUTED, font=small)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +28,12 @@ class Shown(NamedTuple):
 
 
 def run(
-  subject: Subject, counts: Any, say=print
+  subject: Subject,
+  counts: Any,
+  say: Callable[[str], None] = print,
+  axes: Sequence[str] = tuple(rooms.AXES),
 ) -> tuple[dict[str, Any], dict[str, Shown]]:
-  """All stages on both axes.
+  """All stages on each axis; patches on left and right alone.
 
   Args:
     counts: `probe`, `patch`, `ablate` and `steer` are numbers of pairs,
@@ -43,7 +47,7 @@ def run(
     say(f"{what} ({time.perf_counter() - began:.0f} s)")
 
   size, seed = counts.batch, counts.seed
-  for axis in rooms.AXES:
+  for axis in axes:
     found, trained = stages.probe(subject, axis, counts.probe, size, seed)
     shown[axis] = show(subject, axis, trained, counts.probe, size)
     told(f"{axis}: probes")
@@ -80,13 +84,14 @@ def show(
     first = first or batch
     maps.append(stages.heat(subject, batch, trained))
   every = np.concatenate(maps, axis=1)
-  few = min(few, len(first.items))
-  items = first.items[:few]
-  frames = [picture(subject, first.rows, i, items[i]) for i in range(few)]
+  # Of different rooms.
+  numbers = [pair.room for pair in first.items]
+  chosen = [numbers.index(room) for room in dict.fromkeys(numbers)][:few]
+  frames = [picture(subject, first.rows, i, first.items[i]) for i in chosen]
   return Shown(
-    items,
+    [first.items[i] for i in chosen],
     frames,
-    {name: every[slot, :few] for name, slot in names.items()},
+    {name: every[slot][chosen] for name, slot in names.items()},
     {name: every[slot].mean(0) for name, slot in names.items()},
   )
 
@@ -108,8 +113,11 @@ def picture(subject, rows, index: int, pair: rooms.Pair) -> np.ndarray:
 
 
 def summary(result: dict[str, Any]) -> dict[str, float | None]:
-  """What tells models apart; None where no item qualified."""
-  left, deep = (result["axes"][axis] for axis in rooms.AXES)
+  """What tells models apart; None where no item qualified.
+
+  Of left and right, and of depth if that axis is there.
+  """
+  left, deep = (result["axes"].get(axis) for axis in rooms.AXES)
   flip = left["patching"]["flip"]
   again = left["ablation"]["criss_cross"]["flip"]
   ablated = left["ablation"]["accuracy"]
@@ -117,11 +125,11 @@ def summary(result: dict[str, Any]) -> dict[str, float | None]:
   random = left["steering"]["random"]["honest"]
   return {
     "left/right, both orders": left["model"]["strict"],
-    "front/behind, both orders": deep["model"]["strict"],
+    "front/behind, both orders": deep and deep["model"]["strict"],
     "probe, decoder's input": left["probe"]["held_out"][0],
     "probe, best slot": max(left["probe"]["held_out"]),
-    "probe of depth, decoder's input": deep["probe"]["held_out"][0],
-    "probe of depth, best slot": max(deep["probe"]["held_out"]),
+    "probe of depth, decoder's input": deep and deep["probe"]["held_out"][0],
+    "probe of depth, best slot": deep and max(deep["probe"]["held_out"]),
     "flip by things": flip["objects"][0] if flip["objects"] else None,
     "flip by background": flip["background"][0] if flip["objects"] else None,
     "accuracy, order ablated": ablated[ablation.CONDITIONS[2]]["strict"],

@@ -120,7 +120,10 @@ def _draw_axis(axis: str, found: dict, slots: range) -> dict[str, str]:
     ),
     f"ablation_{axis}.svg": figures.bars(
       {
-        name: {"right in both orders": row["strict"], "first": row["first"]}
+        name: {
+          "right in both orders": row["strict"],
+          "right in the first order": row["first"],
+        }
         for name, row in ablated.items()
       },
       f"What is {words} answered from?",
@@ -128,7 +131,7 @@ def _draw_axis(axis: str, found: dict, slots: range) -> dict[str, str]:
       "Visual tokens before the decoder's first block are replaced. “From the "
       "middle”: a thing's tokens come from an image in which it stands alone "
       "in the middle, so that nothing in the image says where it is.",
-      level=("chance in both", 0.25),
+      level=("dashed: chance in both", 0.25),
     ),
     f"steering_{axis}.svg": figures.lines(
       {
@@ -141,6 +144,8 @@ def _draw_axis(axis: str, found: dict, slots: range) -> dict[str, str]:
       note,
       dashed=("random directions",),
       level=("unsteered", ordering["honest"]["before"]),
+      low=0.0,
+      high=1.0,
     ),
     f"fixes_{axis}.svg": figures.lines(
       {

@@ -29,6 +29,16 @@ def pool(slots, positions, mask):
   return jnp.einsum("sbmd,bkm->sbkd", seen, weight)
 
 
+@jax.jit
+def fit(keys, x, y, held_x, held_y):
+  """A probe for each slot, with its controls."""
+
+  def one(key, x, held_x):
+    return probes.fit_with_controls(key, x, y, held_x, held_y, classes=2)
+
+  return jax.vmap(one)(keys, x, held_x)
+
+
 def features(
   subject: Subject, split: str, axis: str, count: int, size: int
 ) -> tuple[Float[np.ndarray, "S N D"], Int[np.ndarray, " N"], np.ndarray]:
@@ -56,14 +66,7 @@ def probe(
   x, y, _ = features(subject, "validation", axis, count, size)
   held_x, held_y, ok = features(subject, "test", axis, count, size)
   keys = jax.random.split(jax.random.key(seed), len(x))
-  fit = jax.jit(
-    jax.vmap(
-      lambda key, x, held_x: probes.fit_with_controls(
-        key, x, y, held_x, held_y, classes=2
-      )
-    )
-  )
-  trained, scores = fit(keys, x, held_x)
+  trained, scores = fit(keys, x, y, held_x, held_y)
   return {
     "probe": {k: np.asarray(v).tolist() for k, v in scores.items()},
     "things": {"train": len(y), "held_out": len(held_y)},

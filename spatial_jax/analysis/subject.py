@@ -6,7 +6,7 @@ Any system that reads rows of `world.dataset` and takes `edits` of its decoder:
   subject = Subject(config, model, mod, params)
   batch = subject.look(items)            # frames rendered, two orders per row
   p, slots = subject.ask(batch.inputs)   # p[i, order, word], slots [S B T D]
-  p = subject.words(batch.inputs, edits) # the same under edits
+  p, _ = subject.ask(batch.inputs, edit)  # the same under an edit
 
 Letters: B items (rows), T length, S slots, D width, M visual tokens of a row.
 """
@@ -83,6 +83,7 @@ class Subject:
     # [order, word]: the letter that stands for the word.
     self.letters = np.array([letters, letters[::-1]])
     self._see = jax.jit(observe.make(config))
+    self._found: dict[tuple, list] = {}  # rooms take time to make
 
   @property
   def slots(self) -> int:
@@ -94,7 +95,11 @@ class Subject:
     """Pairs of a split's rooms, in batches of one size."""
     if count % size:
       raise ValueError(f"{count} pairs are no multiple of the batch, {size}")
-    found = rooms.collect(self.sources[split], axis, count)
+    known = split, axis, count
+    if known not in self._found:
+      source = self.sources[split]
+      self._found[known] = rooms.collect(source, axis, count)
+    found = self._found[known]
     for first in range(0, count, size):
       yield self.look(found[first : first + size])
 
@@ -147,10 +152,6 @@ class Subject:
     return jax.jit(ask)
 
   @functools.cached_property
-  def _words(self):
-    return jax.jit(lambda *args: self.forward(*args)[0])
-
-  @functools.cached_property
   def _embedded(self):
     # The decoder's blocks are dead code here.
     return jax.jit(lambda *args: self.forward(*args, None)[1]["llm/embedded"])
@@ -179,15 +180,20 @@ class Subject:
 
     return jax.jit(run)
 
-  def ask(self, inputs: dict[str, Array], edits: Edits = None):
-    """Probabilities of the words [B order word], all slots [S B T D]."""
-    return self._ask(self.params, inputs, edits)
+  def nothing(self, inputs: dict[str, Array]) -> Edit:
+    """An edit without effect: one program serves plain runs too."""
+    rows, length = inputs["tokens"].shape
+    values = jnp.zeros((rows, length, self.model.llm["width"]))
+    return Edit(-1, jnp.zeros((rows, length), bool), replace=values)
 
-  def words(
-    self, inputs: dict[str, Array], edits: Edits = None
-  ) -> Float[np.ndarray, "B order word"]:
-    """Probabilities of the words under edits."""
-    return np.asarray(self._words(self.params, inputs, edits))
+  def ask(self, inputs: dict[str, Array], before: Edit | None = None):
+    """Probabilities of the words [B order word], all slots [S B T D].
+
+    Args:
+      before: an edit that replaces tokens.
+    """
+    before = self.nothing(inputs) if before is None else before
+    return self._ask(self.params, inputs, before)
 
   def embedded(self, inputs: dict[str, Array]) -> Float[Array, "B T D"]:
     """What the decoder's first block reads."""
@@ -198,10 +204,11 @@ class Subject:
     inputs: dict[str, Array],
     slots: Float[Array, "S B T D"],
     where: patching.Where,
-    before: Sequence[Edit] = (),
+    before: Edit | None = None,
   ) -> Float[np.ndarray, "S B order word"]:
     """Words with a patch from another run's slots, at each slot in turn."""
-    run = self._sweep(self.params, inputs, slots, *where, tuple(before))
+    before = self.nothing(inputs) if before is None else before
+    run = self._sweep(self.params, inputs, slots, *where, (before,))
     return np.asarray(run)
 
   def steer(
