@@ -24,6 +24,7 @@ COMMANDS = {
   "export": ("convert:save", "a workdir's checkpoint as published weights"),
   "cache": ("cache", "VGGT's tokens of the recipe's videos, into files"),
   "analyse": ("analyse", "probe, patch and steer the workdir's checkpoint"),
+  "plan": ("plan", "whether the recipe fits a pod, and how fast at best"),
   "view": ("report", "draw rooms of the recipe's data into view.html"),
   "reconstruct": ("reconstruct", "images to cameras, depth and a point cloud"),
 }
@@ -34,6 +35,7 @@ OPTIONS = {
   "import": {"from": "", "dry_run": False},
   "export": {"from": "", "to": "", "dtype": "", "like": ""},
   "cache": {"from": ""},
+  "plan": {"topology": "v5e:4x4", "json": False, "search": False},
 }
 
 HELP = """\
@@ -60,6 +62,8 @@ options:
   --to=FOLDER           export: where the files go
   --dtype=bfloat16      export: of all numbers; by default as they are
   --like=FOLDER         export: copies config.json and tokenizer from there
+  --topology=v5e:4x4    plan: the chips, KIND:SIZES, or one GPU, h100:1
+  --json, --search      plan: as JSON; the smallest topology that fits
   --debug               show the traceback of an error
   --help                this; with --config also the recipe's keys and values
 """

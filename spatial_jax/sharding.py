@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spatial_jax import trees
@@ -154,6 +154,22 @@ def _spec(
   return P(*entries), dropped
 
 
+def spec(axes: Sequence[str], shape: Sequence[int]) -> P:
+  """PartitionSpec of an array of such axes on the mesh in force."""
+  current = jax.sharding.get_abstract_mesh()
+  return _spec(axes, shape, {} if current.empty else current.shape)[0]
+
+
+def platform() -> str:
+  """What the devices of the mesh in force are: "tpu", "cpu" ...; "" if none.
+
+  The mesh decides, not the default backend: programs for devices that aren't
+  there are traced on a CPU.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return getattr(device, "platform", None) or ""
+
+
 def constrain(x: Any, axes: str) -> Any:
   """Pins an activation to its mesh axes; nothing outside jit or a mesh.
 
@@ -171,7 +187,70 @@ def constrain(x: Any, axes: str) -> Any:
   return jax.lax.with_sharding_constraint(x, NamedSharding(current, spec))
 
 
-def batch_sharding(on: Mesh) -> NamedSharding:
+# Scopes by which `plan` knows what moves weights and their gradients.
+GATHER, REDUCE = "gather_weight", "reduce_gradient"
+
+
+def whole(x: Any, name: str) -> Any:
+  """A parameter as a product needs it: gathered over the fsdp axis.
+
+  Its gradient is summed into the parts in which the parameter lies. Left to
+  itself, the compiler passes parts around while it multiplies, in programs that
+  are several times as long. Convert to the product's dtype before: fewer bytes.
+
+  Args:
+    name: the parameter's; its end decides, as in `PARAMETERS`.
+  """
+  current = jax.sharding.get_abstract_mesh()
+  if (
+    current.empty
+    or current.shape.get("fsdp", 1) == 1
+    or AxisType.Manual in current.axis_types
+    or not isinstance(x, jax.core.Tracer)
+  ):
+    return x
+  words = next(w for r, w in PARAMETERS if re.fullmatch(r, name)).split()
+  words = ["layers"] * (x.ndim - len(words)) + words
+  parts, _ = _spec(words, x.shape, current.shape)
+  names = [(e,) if isinstance(e, str) else e or () for e in parts]
+  if not any("fsdp" in entry for entry in names):
+    return x
+  rest = P(*(tuple(n for n in e if n != "fsdp") or None for e in names))
+
+  @jax.custom_vjp
+  def gather(x):
+    with jax.named_scope(GATHER):
+      return jax.lax.with_sharding_constraint(x, NamedSharding(current, rest))
+
+  def backward(_, gradient):
+    placed = NamedSharding(current, parts)
+    with jax.named_scope(REDUCE):
+      return (jax.lax.with_sharding_constraint(gradient, placed),)
+
+  gather.defvjp(lambda x: (gather(x), None), backward)
+  return gather(x)
+
+
+# Read in several places: gathered once, so that the parts of their gradients
+# are added before they are summed over devices.
+_TABLES = re.compile(r"(.*/)?(embed/embedding|head/kernel)")
+
+
+def whole_tables(params: Any, dtype: Any) -> Any:
+  """Parameters whose tables of words are gathered, in this dtype."""
+
+  def gather(name, x):
+    if not _TABLES.fullmatch(name):
+      return x
+    return whole(x.astype(dtype), name)
+
+  current = jax.sharding.get_abstract_mesh()
+  if current.empty or current.shape.get("fsdp", 1) == 1:
+    return params
+  return trees.map_names(gather, params)
+
+
+def batch_sharding(on: Mesh | AbstractMesh) -> NamedSharding:
   """Rows of a batch over the data and fsdp axes."""
   return NamedSharding(on, P(RULES["batch"]))
 
@@ -188,11 +267,13 @@ def host_rows(on: Mesh, batch_size: int) -> tuple[int, ...]:
   )
 
 
-def replicated(on: Mesh) -> NamedSharding:
+def replicated(on: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(on, P())
 
 
-def check_batch(on: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(
+  on: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1
+) -> None:
   """Every micro-batch must split evenly over the batch's mesh axes."""
   ways = math.prod(on.shape[name] for name in RULES["batch"])
   if batch_size < 1 or accumulate < 1 or batch_size % (ways * accumulate):
@@ -210,7 +291,7 @@ def _kernel(name: str) -> str:
   return _ADAPTER.sub("kernel", name)
 
 
-def parameters(shapes: Any, on: Mesh) -> Any:
+def parameters(shapes: Any, on: Mesh | AbstractMesh) -> Any:
   """NamedSharding of every parameter; a name without a rule is an error."""
   names = {_kernel(name): x for name, x in trees.flatten(shapes).items()}
   # Rows for other models' names are no mistake here: only missing ones are.
@@ -242,7 +323,7 @@ def parameters(shapes: Any, on: Mesh) -> Any:
   return trees.map_names(place, shapes)
 
 
-def infer(state: Mapping[str, Any], on: Mesh) -> dict[str, Any]:
+def infer(state: Mapping[str, Any], on: Mesh | AbstractMesh) -> dict[str, Any]:
   """Shardings of {params, opt, step}.
 
   Optimizer leaves whose path ends with a parameter's path and which have its

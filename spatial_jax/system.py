@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spatial_jax import checkpoint, lora, models, optim, trees
+from spatial_jax import checkpoint, lora, models, optim, sharding, trees
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -71,6 +71,7 @@ def build(
     compute = (mod if auxiliary is None else auxiliary).loss
     if train and config.lora.ranks and config.lora.dropout:
       params = lora.dropout(params, rngs["dropout"], config.lora.dropout)
+    params = sharding.whole_tables(params, config.model.get("dtype", "float32"))
     return compute(model, params, batch, rngs=rngs, train=train)
 
   return System(model, mod, batch, inputs, transform, init, loss)

@@ -66,26 +66,11 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
   )
   data = iter(dataset)
 
-  # ------------------------------------------------------------------- model
-  system = systems.build(config, example, config.batch_size)
-  params = jax.eval_shape(system.init, jax.random.key(0))
-
-  # --------------------------------------------------------------- optimizer
-  optimizer = optim.make(config.optimizer, config.steps, params)
-  trained = optim.subset(params, optimizer.trainable)
-  shapes = {
-    "params": params,
-    "opt": jax.eval_shape(optimizer.tx.init, trained),
-    "step": jax.ShapeDtypeStruct((), jnp.int32),
-  }
-
-  # --------------------------------------------------------------- shardings
-  shardings = sharding.infer(shapes, mesh)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
+  # ------------------------------- model, optimizer, shardings, compiled update
+  prepared = prepare(config, example, mesh)
+  system, optimizer, abstract = prepared[:3]
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  update = prepared.update
 
   # ------------------------------------------------------------------- state
   saves = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
@@ -104,18 +89,11 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     state = {"params": params, "opt": init(params), "step": zero}
   start = int(state["step"])
 
-  # ------------------------------------------------------------------ update
-  update = jax.jit(
-    make_update(system, optimizer, config.seed, config.accumulate),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
+  # -------------------------------------------------------------------- loop
   rows = sharding.batch_sharding(mesh)
-  count = _counter(config, system, shapes["params"], optimizer.trainable)
+  count = _counter(config, system, abstract["params"], optimizer.trainable)
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
   speed = metrics.Throughput(peak and peak * jax.device_count())
-
-  # -------------------------------------------------------------------- loop
   writer = metrics.Writer(
     workdir,
     total=config.steps,
@@ -124,7 +102,7 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     active=lead,
   )
   writer.say(
-    _overview(workdir, origin, mesh, shapes["params"], optimizer, lead)
+    _overview(workdir, origin, mesh, abstract["params"], optimizer, lead)
   )
   if writer.repeated:
     writer.say(f"{writer.repeated} steps after the checkpoint are done again")
@@ -186,6 +164,45 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
       flush=True,
     )
   return Result(state, last, step, interrupted)
+
+
+class Prepared(NamedTuple):
+  """A config's training step for a mesh, before any array exists."""
+
+  system: systems.System
+  optimizer: optim.Optimizer
+  state: Any  # shapes and shardings of {params, opt, step}
+  update: Any  # jitted (state, batch) -> (state, metrics)
+
+
+def prepare(config: Any, example: Any, mesh: Any) -> Prepared:
+  """Step of a config for batches of such examples; run within `set_mesh`.
+
+  Args:
+    example: name -> (shape, dtype) of one example, as `pipeline.make` gives.
+    mesh: of devices that needn't be there.
+  """
+  system = systems.build(config, example, config.batch_size)
+  params = jax.eval_shape(lambda: system.init(jax.random.key(0)))
+  optimizer = optim.make(config.optimizer, config.steps, params)
+  trained = optim.subset(params, optimizer.trainable)
+  shapes = {
+    "params": params,
+    "opt": jax.eval_shape(optimizer.tx.init, trained),
+    "step": jax.ShapeDtypeStruct((), jnp.int32),
+  }
+  shardings = sharding.infer(shapes, mesh)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+  update = jax.jit(
+    make_update(system, optimizer, config.seed, config.accumulate),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  return Prepared(system, optimizer, state, update)
 
 
 def make_update(

@@ -33,6 +33,7 @@ ORDER = (
   ("evaluate", "clouds"),
   ("fusion", "analysis"),
   ("train", "report", "answer", "reconstruct", "convert", "cache", "analyse"),
+  ("plan",),
   ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

@@ -47,7 +47,7 @@ def test_windows_as_reshapes_equal_masked_attention(h, w):
     grid=(1, h, w),
     merge=2,
     window=2,
-    full="none",
+    full=(0, 1),
     eps=1e-6,
     dtype="float32",
   )

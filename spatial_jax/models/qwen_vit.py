@@ -39,7 +39,7 @@ from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import edit as edits
 from spatial_jax.nn import pruning, rope, scorer
-from spatial_jax.nn.attention import attention
+from spatial_jax.nn.attention import attention, share
 from spatial_jax.nn.layers import (
   Dense,
   GatedMlp,
@@ -117,7 +117,7 @@ class Block(nn.Module):
   grid: Grid | None
   merge: int
   window: int  # side in merged tokens
-  full: str  # "all", "none" or "some" of the layers
+  full: tuple[int, int]  # so many layers of so many have no windows
   eps: float
   dtype: str
   plain: bool = False
@@ -163,10 +163,13 @@ class Block(nn.Module):
           qkv, layout["window_index"], layout["window_inverse"]
         )
 
-    if self.full == "all":
+    taken, count = self.full
+    if taken == count:
       return full(qkv, bias)
-    if self.full == "none":
+    if not taken:
       return windows(qkv, bias)
+    full = share(full, taken, count)
+    windows = share(windows, count - taken, count)
     return jax.lax.cond(is_full, full, windows, qkv, bias)
 
   def _attend_windows(self, qkv, bias):
@@ -285,7 +288,7 @@ class Model(nn.Module):
       grid,
       self.merge,
       self.side,
-      "all" if all(is_full) else "some" if any(is_full) else "none",
+      (sum(is_full), self.layers),
       self.eps,
       self.dtype,
       self.plain,

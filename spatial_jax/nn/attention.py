@@ -1,20 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over masks. The one place where a kernel is chosen.
 
+The kernel is that of the mesh in force: `jax.set_mesh` of TPUs that aren't
+there (see `plan`) compiles what runs on them.
+
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from spatial_jax import sharding
 from spatial_jax.types import Array, Bool, Float, Int
 
 # Finite, so that a fully masked row has a finite gradient.
 _MASKED = -1e30
 # Scores that `unmasked` holds at once: 1 GiB in float32.
 _MOST_SCORES = 2**28
+# Rows with fewer queries or keys aren't worth a kernel: a window of 64 patches.
+_LEAST = 256
+# Scopes by which `plan` knows products of scores, and those under a square
+# mask, of which half is hidden.
+SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
+# And how many of the layers take a branch.
+SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
+# Heads that cuDNN takes.
+_CUDNN_HEAD = 128
 
 
 def attention(
@@ -23,13 +40,52 @@ def attention(
   value: Float[Array, "B S K H"],
   mask: Bool[Array, "#B #T S"] | None = None,
   bias: Float[Array, "#B #T S"] | None = None,
+  *,
+  implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
   """Softmax attention with grouped heads; scores and softmax in float32.
 
   Args:
     mask: True where a query may see a key. Queries that see no key give zeros.
     bias: added to the scaled scores of all heads.
+    implementation: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": that of the
+      mesh's platform, where it takes these arrays.
   """
+  kind = implementation
+  if kind == "auto":
+    kind = choose(query, key, bias is not None)
+  if kind == "xla":
+    square = mask is not None and mask.shape[1] == key.shape[1] > 1
+    with jax.named_scope(CAUSAL if square else SCORES):
+      return _xla(query, key, value, mask, bias)
+  if bias is not None:
+    raise ValueError(f"implementation={kind!r} knows no bias; use 'xla'")
+  from spatial_jax.nn import kernels  # imports Pallas: only where it is used
+
+  functions = {"splash": kernels.splash, "cudnn": kernels.cudnn}
+  if kind not in functions:
+    raise ValueError(
+      f"implementation={kind!r} is unknown; use auto, xla, "
+      + ", ".join(functions)
+    )
+  return functions[kind](query, key, value, mask)
+
+
+def choose(query: Any, key: Any, has_bias: bool = False) -> str:
+  """Implementation for such arrays on the mesh in force; without one, xla."""
+  if has_bias or min(query.shape[1], key.shape[1]) < _LEAST:
+    return "xla"
+  platform = sharding.platform()
+  if platform == "tpu":
+    return "splash"
+  head = query.shape[-1]
+  half = query.dtype in (jnp.bfloat16, jnp.float16)
+  if platform in ("gpu", "cuda") and half and head % 8 == 0:
+    return "cudnn" if head <= _CUDNN_HEAD else "xla"
+  return "xla"
+
+
+def _xla(query, key, value, mask, bias):
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   # Heads before time: the products then need no transposed copies, which makes
@@ -73,7 +129,7 @@ def unmasked(
   """
   B, T, N, H = query.shape
   count = -(-B * N * T * key.shape[1] // _MOST_SCORES)
-  if count == 1:
+  if count == 1 or choose(query, key) != "xla":
     return attention(query, key, value)
   count = min(count, T)
   size = -(-T // count)
@@ -86,6 +142,11 @@ def unmasked(
 
   out = jax.lax.map(some, parts).swapaxes(0, 1)
   return out.reshape(B, count * size, N, H)[:, :T]
+
+
+def share(function: Callable, taken: int, of: int) -> Callable:
+  """A branch of a conditional that so many of all layers take; for `plan`."""
+  return jax.named_scope(f"taken_{taken}_of_{of}")(function)
 
 
 def packed_mask(

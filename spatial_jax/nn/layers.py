@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
 
 
@@ -49,7 +50,8 @@ class Dense(nn.Module):
     # Weight gradients of matrices are 1.5 times faster on CPU than those of
     # batches of matrices.
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = flat @ kernel.astype(self.dtype)
+    name = "/".join((*self.path, "kernel"))
+    y = flat @ sharding.whole(kernel.astype(self.dtype), name)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None]

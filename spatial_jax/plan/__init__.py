@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a recipe for chips that aren't here: does it fit, how fast at best.
+
+  python -m spatial_jax plan --config=FILE[:ARGS] --topology=v5e:4x4
+    [--json] [--search]
+
+For a TPU topology the training step that `train` runs is compiled with libtpu,
+on any machine. For one GPU ("h100:1") it is traced, not compiled.
+
+Seconds are a floor, the largest of three: products at the chip's peak, memory
+once through, links at their full rate. Programs reach 60 to 70 percent of it.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from spatial_jax import models, sharding, train
+from spatial_jax.data import pipeline
+from spatial_jax.plan import chips, cost, hlo, summary
+
+
+def main(
+  config: Any,
+  workdir: str | None = None,
+  *,
+  topology: str = "v5e:4x4",
+  json: bool = False,
+  search: bool = False,
+) -> summary.Plan:
+  """The plan command; `workdir` isn't used."""
+  del workdir
+  target = chips.parse(topology)
+  plan = find(config, target) if search else make(config, target)
+  write = summary.as_json if json else summary.as_text
+  print(write(plan), flush=True)
+  return plan
+
+
+def make(config: Any, topology: chips.Topology) -> summary.Plan:
+  """Plan of a config's training step on a topology."""
+  if topology.is_gpu:
+    mesh = AbstractMesh(
+      (1,) * len(sharding.MESH_AXES),
+      sharding.MESH_AXES,
+      axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
+    )
+    return _plan(config, topology, mesh, mesh)
+  mesh = sharding.mesh(**config.mesh.to_dict(), devices=chips.devices(topology))
+  sharding.check_batch(mesh, config.batch_size, config.accumulate)
+  return _plan(config, topology, mesh, _without_platform(mesh))
+
+
+def _plan(config, topology, mesh, plain):
+  example = _example(config)
+  jaxpr, batch = None, None
+  # Once with attention as products, to count them; once for the chip.
+  with jax.sharding.use_abstract_mesh(plain):
+    prepared = train.prepare(config, example, plain)
+    batch = _batch(prepared, plain)
+    jaxpr = cost.trace(prepared.update, prepared.state, batch)
+  chip = topology.chip
+  flops = cost.flops(jaxpr, chip.matrix)
+  state = prepared.state
+  sizes = {
+    "parameters": cost.shard_bytes(state["params"]),
+    "optimizer": cost.shard_bytes(state["opt"]),
+    "batch": cost.shard_bytes(batch),
+  }
+  arguments = sum(sizes.values())
+  if topology.is_gpu:
+    measured = {
+      "compiled": False,
+      "peak": cost.peak(jaxpr),
+      "collectives": {},
+    }
+    wire = 0.0
+  else:
+    measured, wire = _compile(config, example, mesh)
+  gathered = cost.gathers(jaxpr)
+  moved = sum(size for _, size in measured["collectives"].values())
+  state_bytes = sizes["parameters"] + sizes["optimizer"]
+  floors = {
+    "products": flops.padded / topology.count / chip.peak,
+    # The state is read and written, what is gathered written and read.
+    "memory": (2 * state_bytes + 2 * moved) / chip.bandwidth,
+    "links": wire / topology.wire,
+  }
+  return summary.Plan(
+    config=config.model_name + ":" + str(config.model.get("variant", "")),
+    topology=topology.name,
+    mesh={k: v for k, v in plain.shape.items() if v > 1},
+    batch_size=config.batch_size,
+    hbm=chip.hbm,
+    **sizes,
+    activations=measured["peak"] - arguments,
+    model_flops=flops.model / topology.count,
+    program_flops=flops.program / topology.count,
+    padded_flops=flops.padded / topology.count,
+    predicted=dict(gathered),
+    floors=floors,
+    tokens=config.batch_size * config.data.length / topology.count,
+    **measured,
+  )
+
+
+def _compile(config, example, mesh):
+  """Figures of the compiled step, and bytes that a device sends."""
+  with jax.set_mesh(mesh):
+    prepared = train.prepare(config, example, mesh)
+    began, cpu = time.perf_counter(), time.process_time()
+    lowered = prepared.update.lower(prepared.state, _batch(prepared, mesh))
+    cached = jax.config.jax_enable_compilation_cache
+    # Nobody runs this program, and its seconds are to be those of compiling.
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      raise _too_large(error) from error
+    finally:
+      jax.config.update("jax_enable_compilation_cache", cached)
+  memory = compiled.memory_analysis()
+  found = hlo.collectives(compiled.as_text())
+  kinds: dict[str, tuple[int, float]] = {}
+  for (kind, _), (count, size) in hlo.by_kind(found).items():
+    before = kinds.get(kind, (0, 0.0))
+    kinds[kind] = before[0] + count, before[1] + size
+  measured = {
+    "compiled": True,
+    "peak": float(memory.peak_memory_in_bytes),
+    "collectives": kinds,
+    "compile_seconds": time.perf_counter() - began,
+    "compile_cpu_seconds": time.process_time() - cpu,
+    # Linux counts it in KiB.
+    "compile_memory": 1024.0
+    * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+  }
+  return measured, sum(one.wire for one in found)
+
+
+class TooLarge(ValueError):
+  """The step needs more memory than a chip has."""
+
+
+def _too_large(error):
+  text = str(error).splitlines()[0]
+  if "RESOURCE_EXHAUSTED" not in text:
+    return error
+  return TooLarge(f"does not fit: {text.partition('RESOURCE_EXHAUSTED: ')[2]}")
+
+
+def find(config: Any, topology: chips.Topology) -> summary.Plan:
+  """Plan for the smallest topology of this kind on which the config fits."""
+  if topology.is_gpu:
+    raise ValueError("--search is for TPU topologies; a GPU is one GPU")
+  tried = []
+  for sizes in chips.SIZES[topology.kind]:
+    candidate = chips.parse(f"{topology.kind}:{sizes}")
+    ways = candidate.count
+    if (
+      config.batch_size % ways or _least(config, candidate) > topology.chip.hbm
+    ):
+      tried.append(
+        f"{candidate.name}: state alone too large, or batch not split"
+      )
+      continue
+    try:
+      plan = make(config, candidate)
+    except TooLarge as error:
+      tried.append(f"{candidate.name}: {error}")
+      continue
+    if plan.fits:
+      return plan
+    tried.append(f"{candidate.name}: {plan.peak / chips.GIB:.1f} GiB")
+  raise ValueError(
+    f"no {topology.kind} topology fits at config.batch_size="
+    f"{config.batch_size}:\n  " + "\n  ".join(tried)
+  )
+
+
+def _least(config, topology):
+  """Bytes of the state on each chip, without compiling."""
+  sizes = [config.mesh[name] for name in sharding.MESH_AXES]
+  fixed = math.prod(size for size in sizes if size != -1)
+  sizes = tuple(topology.count // fixed if s == -1 else s for s in sizes)
+  mesh = AbstractMesh(
+    sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    return cost.shard_bytes(train.prepare(config, _example(config), mesh).state)
+
+
+def _without_platform(mesh):
+  return AbstractMesh(
+    tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types
+  )
+
+
+def _example(config):
+  """Spec of one example: from rendered data, or what the model asks for."""
+  if config.data.get("render"):
+    return pipeline.example(config)
+  _, mod = models.build(config)
+  return {
+    name: (x.shape[1:], x.dtype) for name, x in mod.INPUTS(config).items()
+  }
+
+
+def _batch(prepared, mesh):
+  rows = sharding.batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+    for name, x in prepared.system.batch.items()
+  }

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives of a compiled program, read from its text.
+
+A collective counts as often as the loops around it run. TPU programs have most
+of them asynchronously, as up to three computations that show the same
+instruction; its copies have one `chain_id`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+_BYTES = {
+  "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(
+  r"%?([\w.\-]+) = (\(?.*?\)?) (all-gather|all-reduce|reduce-scatter|"
+  r"all-to-all|ragged-all-to-all|collective-permute)(-start)?\("
+)
+_CALLED = re.compile(
+  r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+  kind: str
+  ways: int  # devices that take part
+  count: int  # in one step
+  bytes: float  # of each; of the larger side: gathered, or before the reduction
+
+  @property
+  def total(self) -> float:
+    return self.count * self.bytes
+
+  @property
+  def wire(self) -> float:
+    """Bytes that a device sends in one step."""
+    if self.kind == "collective-permute":
+      return self.total
+    factor = 2 if self.kind == "all-reduce" else 1
+    return factor * self.total * (self.ways - 1) / max(self.ways, 1)
+
+
+def collectives(text: str) -> list[Collective]:
+  """All collectives of `compiled.as_text()` that cross devices."""
+  computations, entry = _computations(text)
+  times = _times(computations, entry)
+  found: dict[tuple, tuple[int, Collective]] = {}
+  for name, lines in computations.items():
+    for line in lines if times[name] else ():
+      if not (match := _COLLECTIVE.search(line)):
+        continue
+      own, shape, kind, started = match.groups()
+      size, ways = _size(shape, kind, bool(started)), _ways(line)
+      if "all-reduce-scatter" in name and kind == "all-reduce":
+        kind = "reduce-scatter"  # a fusion that keeps its own part
+      elif kind == "reduce-scatter":
+        size *= ways
+      if ways < 2:
+        continue
+      chain = re.search(r'chain_id="(\d+)"', line)
+      key = (chain[1], kind, shape) if chain else (own,)
+      one = Collective(kind, ways, times[name], size)
+      if key not in found or found[key].count < one.count:
+        found[key] = one
+  return list(found.values())
+
+
+def by_kind(
+  found: list[Collective],
+) -> dict[tuple[str, int], tuple[int, float]]:
+  """(kind, ways) -> (how many in a step, bytes together)."""
+  sums = defaultdict(lambda: (0, 0.0))
+  for one in found:
+    count, size = sums[one.kind, one.ways]
+    sums[one.kind, one.ways] = count + one.count, size + one.total
+  return dict(sorted(sums.items()))
+
+
+def _computations(text):
+  computations, entry, current = {}, "", None
+  for line in text.splitlines():
+    if line and not line[0].isspace() and (match := _HEADER.match(line)):
+      current = computations[match[2]] = []
+      entry = match[2] if match[1] else entry
+    elif current is not None:
+      current.append(line)
+  return computations, entry
+
+
+def _times(computations, entry):
+  """How often each computation runs."""
+  calls = {}
+  for name, lines in computations.items():
+    calls[name] = []
+    for line in lines:
+      trips = _trips(line, computations) if " while(" in line else 1
+      inner = _CALLED.findall(line)
+      for branches in _BRANCHES.findall(line):
+        inner += [b.strip().lstrip("%") for b in branches.split(",")]
+      calls[name] += [(i, trips) for i in inner if i in computations]
+  times = defaultdict(int)
+
+  def walk(name, count):
+    times[name] += count
+    for inner, trips in calls[name]:
+      walk(inner, count * trips)
+
+  walk(entry, 1)
+  return times
+
+
+def _trips(line, computations):
+  """Trips of a loop: the number that its condition compares with."""
+  if known := re.search(r"known_trip_count[^\d]*(\d+)", line):
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
+  numbers = [
+    int(n)
+    for inner in computations.get(condition, ())
+    for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", inner)
+  ]
+  return max(numbers, default=1)
+
+
+def _size(shape, kind, started):
+  """Bytes of a result; tuples are summed."""
+  sizes = [
+    _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+  ]
+  if not started:
+    return float(sum(sizes))
+  # (operands, results, ...): results are the larger ones or as large.
+  return float(sizes[0] if kind == "collective-permute" else max(sizes))
+
+
+def _ways(line):
+  """Devices in a group of a collective."""
+  if "source_target_pairs" in line:
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    return pairs[1].count("{") if pairs else 2
+  if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", mesh[2]))
+  if tiles := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+    return int(tiles[2])
+  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return groups[1].count(",") + 1
+  return 0

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention kernels of accelerators against plain attention, on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from spatial_jax import sharding
+from spatial_jax.nn import attention, kernels
+
+
+def arrays(seed, B, T, S, N, K, H):
+  rng = np.random.default_rng(seed)
+  shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+  return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+
+
+def packed(T):
+  """Two rows: three segments with a shared prefix and padding; one segment."""
+  cut = np.repeat([1, 2, 3, 0], [T // 3, T // 4, T // 4, T - T // 3 - T // 2])
+  segments = jnp.asarray([cut[:T], np.ones(T, int)])
+  shared = jnp.arange(T)[None] < jnp.asarray([[9], [0]])
+  return attention.packed_mask(segments, segments, shared)
+
+
+def test_splash_equals_plain_attention():
+  # A head size of a tower, rows that don't fill a block, grouped heads; keys
+  # of one row are all hidden.
+  T, S = 200, 130
+  keys = np.zeros((2, 1, S), bool)
+  keys[0, 0, :70] = True
+  cases = (
+    (arrays(0, 2, T, T, 4, 2, 72), packed(T)),
+    (arrays(1, 2, T, S, 2, 2, 16), jnp.asarray(keys)),
+    (arrays(2, 1, T, S, 2, 1, 16), None),
+  )
+
+  def run(kind):
+    def total(inputs):
+      outs = [
+        kernels.splash(*x, mask, interpret=True)
+        if kind == "splash"
+        else attention.attention(*x, mask)
+        for x, (_, mask) in zip(inputs, cases, strict=True)
+      ]
+      return sum(jnp.sum(jnp.sin(out)) for out in outs), outs
+
+    return jax.jit(jax.grad(total, has_aux=True))([x for x, _ in cases])
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5),
+    run("splash"),
+    run("xla"),
+  )
+
+
+def test_splash_on_a_mesh_of_all_axes():
+  mesh = sharding.mesh(data=2, fsdp=1, tensor=2, context=2)
+  T = 256
+  inputs, mask = arrays(3, 2, T, T, 4, 2, 16), packed(T)
+  want = attention.attention(*inputs, mask)
+  with jax.set_mesh(mesh):
+    got = jax.jit(
+      lambda q, k, v, m: kernels.splash(q, k, v, m, interpret=True)
+    )(*inputs, mask)
+  np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+  "length, want", [(64, 128), (1564, 1664), (3584, 3584), (25104, 25600)]
+)
+def test_blocks_pad_little(length, want):
+  longest = length if length <= 1664 else 1024
+  size, padded = kernels.blocks(length, longest)
+  assert padded == want and padded % size == 0 and size % 128 == 0
+
+
+def test_the_mesh_chooses_and_not_the_backend():
+  long = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+  short = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+  assert attention.choose(long, long) == "xla"  # no mesh
+  kinds = {}
+  for platform in ("tpu", "gpu", "cpu"):
+    mesh = AbstractMesh(
+      (1,),
+      ("data",),
+      axis_types=(AxisType.Auto,),
+      abstract_device=jax.sharding.AbstractDevice(
+        platform, num_cores=1, platform=platform
+      ),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+      kinds[platform] = attention.choose(long, long)
+      assert attention.choose(short, short) == "xla"
+      assert attention.choose(long, long, has_bias=True) == "xla"
+  assert kinds == {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: what is counted in traced and in compiled programs, without a TPU."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import qwen2_5_vl_sft
+from spatial_jax import plan, sharding
+from spatial_jax.models import llm
+from spatial_jax.nn import attention
+from spatial_jax.plan import chips, cost, hlo
+
+# What libtpu prints, cut: a loop of 36 trips with a gather that is shown twice,
+# a reduction of two arrays, a fusion that keeps its part of a sum.
+TPU_TEXT = """
+%body (p: s32[]) -> s32[] {
+  %all-gather.1 = bf16[64,32]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=16] {'b'}, frontend_attributes={chain_id="9"}
+  %f = bf16[64,32]{1,0} fusion(%p), kind=kCustom, calls=%async.done
+}
+
+%async.done (p: s32[]) -> s32[] {
+  %all-gather.2 = bf16[64,32]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=16] {'b'}, frontend_attributes={chain_id="9"}
+}
+
+%condition (p: s32[]) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(36)
+}
+
+%all-reduce-scatter.3 (p: s32[]) -> s32[] {
+  %all-reduce.4 = f32[32]{0} all-reduce(%p), replica_groups=[2,16]<=[32], to_apply=%add
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.1 = s32[] while(%p), condition=%condition, body=%body
+  %all-reduce.7 = (f32[8]{0}, f32[4]{0}) all-reduce(%p, %p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %fusion.2 = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_tpu_program():
+  assert hlo.by_kind(hlo.collectives(TPU_TEXT)) == {
+    ("all-gather", 16): (36, 36 * 64 * 32 * 2),
+    ("all-reduce", 2): (1, 48),
+    ("reduce-scatter", 16): (1, 128),
+  }
+  wire = {one.kind: one.wire for one in hlo.collectives(TPU_TEXT)}
+  assert wire["all-reduce"] == 48 and wire["reduce-scatter"] == 120
+
+
+def stack(x, weights, remat):
+  def layer(x, w):
+    name = "blocks/up/kernel"
+    return jnp.tanh(x @ sharding.whole(w, name)), None
+
+  layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+  return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+
+def test_formula_and_compiled_program_gather_the_same():
+  mesh = sharding.mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    x = jax.ShapeDtypeStruct(
+      (16, 64), jnp.float32, sharding=sharding.batch_sharding(mesh)
+    )
+    weights = jax.ShapeDtypeStruct(
+      (3, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp"))
+    )
+    step = jax.jit(jax.grad(lambda w, x: stack(x, w, True)))
+    predicted = cost.gathers(cost.trace(step, weights, x))
+    compiled = step.lower(weights, x).compile()
+  matrix = 64 * 64 * 4
+  assert predicted == {
+    "all-gather": 2 * 3 * matrix, "reduce-scatter": 3 * matrix
+  }  # fmt: skip
+  kinds = hlo.by_kind(hlo.collectives(compiled.as_text()))
+  assert kinds["all-gather", 8] == (6, predicted["all-gather"])
+  # Without a TPU's fusions a sum that is cut up is an all-reduce.
+  sums = sum(size for (kind, _), (_, size) in kinds.items() if "reduce" in kind)
+  assert sums == pytest.approx(predicted["reduce-scatter"], rel=0.01)
+
+
+def test_flops_leave_out_what_is_computed_again():
+  x, weights = jnp.ones((16, 64)), jnp.ones((3, 64, 64))
+  forward = 3 * 2 * 16 * 64 * 64
+  for remat in (False, True):
+    step = jax.jit(jax.grad(stack, argnums=(0, 1)), static_argnums=2)
+    flops = cost.flops(cost.trace(step, x, weights, remat), 128)
+    assert flops.model == 3 * forward
+    assert flops.program == (4 if remat else 3) * forward
+
+
+def test_causal_scores_count_half_and_small_heads_more():
+  q = jnp.ones((2, 512, 4, 64))
+  mask = jnp.ones((1, 512, 512), bool)
+  full = 4 * 2 * 512 * 512 * 4 * 64
+  run = jax.jit(attention.attention)
+  assert cost.flops(cost.trace(run, q, q, q), 128).program == full
+  flops = cost.flops(cost.trace(run, q, q, q, mask), 128)
+  assert flops.program == flops.attention == full / 2
+  assert flops.padded == 2 * flops.program
+
+
+def test_placing_image_tokens_takes_no_collective():
+  mesh = sharding.mesh(data=2, fsdp=4)
+  rows = sharding.batch_sharding(mesh)
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct((16, *shape), dtype, sharding=rows)
+
+  def total(words, image, there):
+    return jnp.sum(jnp.sin(llm.place(words, image, there)), axis=(1, 2))
+
+  def step(words, image, there):
+    out, back = jax.vjp(lambda w, i: total(w, i, there), words, image)
+    return back(jnp.ones_like(out))
+
+  arguments = array("float32", 32, 8), array("float32", 12, 8), array(bool, 32)
+  compiled = jax.jit(step).lower(*arguments).compile()
+  assert hlo.collectives(compiled.as_text()) == []
+
+
+def test_plan_of_a_gpu_traces_only(capsys):
+  config = qwen2_5_vl_sft.get_config("test")
+  found = plan.main(config, topology="h100:1", json=True)
+  printed = json.loads(capsys.readouterr().out)
+  assert printed["fits"] and not printed["compiled"]
+  # Moments are as large as what is trained; nothing is gathered on one GPU.
+  assert found.parameters < found.optimizer < 2.01 * found.parameters
+  assert found.predicted == {} and found.peak > found.parameters
+  assert 0 < found.model_flops <= found.program_flops <= found.padded_flops
+  plan.main(config, topology="h100:1")
+  assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("v9:4x4", "kinds are"),
+    ("v5e:4x4x4", "takes 2"),
+    ("v5e", "expected KIND"),
+    ("h100:8", "one GPU"),
+  ],
+)
+def test_unknown_topologies_say_what_there_is(text, message):
+  with pytest.raises(ValueError, match=message):
+    chips.parse(text)
+
+
+def test_wires_of_a_torus_need_rings():
+  assert chips.parse("v5e:4x4").wire == 2 * 45e9
+  assert chips.parse("v5e:16x16").wire == 4 * 45e9
+  assert chips.parse("v5p:4x4x4").wire == 6 * 90e9
+  assert np.isclose(chips.parse("v5p:2x2x1").wire, 2 * 90e9)
