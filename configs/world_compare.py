@@ -96,7 +96,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = demo.get_config(",".join(options))
   c.seed = c.data.seed = arg.seed
   if not arg.test:
-    c.steps = 200 if is_vision else 300
+    c.steps = 200 if is_vision else 240
     c.evals.vsi.rooms = 192
   if arg.gpu:
     c.steps, c.batch_size = 4000, 64

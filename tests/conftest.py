@@ -7,18 +7,16 @@ import pathlib
 
 # Before jax is imported by anyone, and inherited by child processes.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-  (
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # Most of a test's time goes into compiling.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-  )
-).strip()
+# Most of a test's time goes into compiling.
+QUICK = "--xla_backend_optimization_level=0"
+QUICK += " --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   # Newer versions lack this choice. It halves the time again.
-  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+  QUICK += " --xla_cpu_use_fusion_emitters=false"
+QUICK = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# What child processes take that need no mesh; test workers inherit it.
+QUICK = os.environ.setdefault("ONE_DEVICE", QUICK)
+os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 # Threads of XLA. A thread that has reached a collective waits there for all
 # devices. With one thread a device, two collectives that may run in any order
 # can hold them all, each waiting for devices that the other one holds.

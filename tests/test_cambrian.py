@@ -205,13 +205,14 @@ def test_layers_act_on_image_tokens_after_their_blocks_only():
   )({**params(), "sva": rest})
   got, want = out["llm/blocks"], without["llm/blocks"]
   assert build().sva["start"] == 1
-  np.testing.assert_array_equal(got[0], want[0])
+  # Two programs may round differently; what the layers add is far more.
+  rounding = 1e-5 * np.max(np.abs(want))
+  np.testing.assert_allclose(got[0], want[0], atol=rounding)
   count = SIDE * (SIDE + 1)
-  moved = np.any(got[1] != want[1], axis=-1)
+  moved = np.any(np.abs(got[1] - want[1]) > rounding, axis=-1)
   grid = np.zeros((2, T), bool)
   grid[:, AT : AT + count] = np.arange(count) % (SIDE + 1) < SIDE
   np.testing.assert_array_equal(moved, grid)
-  assert np.any(got[1, 0, AT - 1] == want[1, 0, AT - 1])
 
 
 def test_a_query_sees_the_cells_below_it_and_no_others():

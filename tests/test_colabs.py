@@ -22,9 +22,8 @@ def run(name, tmp_path, monkeypatch):
   path = ROOT / "colabs" / name
   monkeypatch.setenv("SPATIAL_JAX_FAST", "1")
   monkeypatch.setenv("TMPDIR", str(tmp_path))
-  # As a user has it: one CPU device. Compiling takes most of the time here.
-  monkeypatch.setenv("XLA_FLAGS", "")
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  # As a user has it: one CPU device.
+  monkeypatch.setenv("XLA_FLAGS", os.environ["ONE_DEVICE"])
   book = nbformat.read(path, as_version=4)
   assert not any(cell.get("outputs") for cell in book.cells), "clear outputs"
   nbclient.NotebookClient(

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def demo(*args):
   # One device: the fake ones of the other tests only cost time here.
-  env = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  env = {**os.environ, "XLA_FLAGS": os.environ["ONE_DEVICE"]}
   command = [sys.executable, str(ROOT / "launch" / "demo.py"), "--test", *args]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
