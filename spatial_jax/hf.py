@@ -199,14 +199,20 @@ def tensors(
 
 def _check_tied(table, reader, leaves, wanted, prefix):
   """A tied head and the table it repeats must be the same numbers."""
-  for names, path, *special in table:
-    if not special or not isinstance(special[0], hf_plan.Tied):
-      continue
-    inside = {n[len(prefix) :] for n in reader.shapes if n.startswith(prefix)}
-    alias = hf_plan.choose(names, inside)
-    source = hf_plan.choose(special[0].source, inside)
+  inside = {n[len(prefix) :] for n in reader.shapes if n.startswith(prefix)}
+  rows = [
+    (hf_plan.choose(names, inside), path, special[0].source)
+    for names, path, *special in table
+    if special and isinstance(special[0], hf_plan.Tied)
+  ]
+  # A table of several namings has a row for each.
+  there = {path for alias, path, _ in rows if alias in inside}
+  for alias, path, sources in rows:
+    source = hf_plan.choose(sources, inside)
     name, other = prefix + alias, prefix + source
     if path in wanted and alias not in inside:
+      if path in there:
+        continue
       if reader.config("tie_word_embeddings") is False:
         raise ValueError(
           f"{reader.source}: missing: {name} (for {path}); config.json says "
@@ -216,8 +222,8 @@ def _check_tied(table, reader, leaves, wanted, prefix):
     if path in leaves or not inside.issuperset((alias, source)):
       continue
     # The first rows tell: an untied head differs in all of them.
-    rows = (slice(0, 8),)
-    if not np.array_equal(reader.slice(name, rows), reader.slice(other, rows)):
+    few = (slice(0, 8),)
+    if not np.array_equal(reader.slice(name, few), reader.slice(other, few)):
       raise ValueError(
         f"{reader.source}: {name} differs from {other}, but this variant ties "
         f"them; override it so that the model has {path} (tied=False)"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatial_jax import hf, sharding, train
+from spatial_jax import hf, sharding, train, trees
 from spatial_jax import system as systems
 from spatial_jax.data import pipeline
 
@@ -43,6 +43,15 @@ def test_a_recipe_resumes(tmp_path):
   shutil.rmtree(tmp_path / "checkpoints" / "2")
   again = train.main(recipe, str(tmp_path))
   jax.tree.map(np.testing.assert_array_equal, again.state, first.state)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shapes_of_every_recipe_are_known_without_data(name):
+  # `import` and `export` need them.
+  recipe = importlib.import_module(f"configs.{name}").get_config("test")
+  shapes, mod = systems.shapes(recipe)
+  assert trees.count(shapes) > 1000
+  assert hf.tensors(mod.KEYS, shapes)
 
 
 def test_published_weights_start_a_run(tmp_path):

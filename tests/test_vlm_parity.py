@@ -365,3 +365,13 @@ def test_a_model_equals_that_of_transformers(name, tmp_path):
   with torch.no_grad():
     got = again.eval()(**kwargs, position_ids=positions).logits
   assert torch.equal(got, result.logits)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_folder_that_transformers_writes_fits(name, tmp_path):
+  reference(name).save_pretrained(tmp_path)
+  model, _, keys, ignore = ours_of(name)
+  params = hf.load(
+    keys, tmp_path, shapes_of(model, make(name)[0]), ignore=ignore
+  )
+  assert "vit" in params

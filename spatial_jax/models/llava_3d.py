@@ -351,6 +351,7 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
     "loss_weight": array(jnp.float32, T),
     "images": array(jnp.float32, F, side, side, 3),
     "depth": array(jnp.float32, F, side, side),
+    "intrinsics": array(jnp.float32, F, 3, 3),
     "world_from_camera": array(jnp.float32, F, 4, 4),
   }
   if scene.get("clicks"):

@@ -62,6 +62,7 @@ KEYS = (
       "model.vision_tower.",
       "vision_tower.vision_model.",
       f"{_PI0}model.vision_tower.vision_model.",
+      "vision_tower.",  # what transformers 5 writes
     ),
     "vit/",
   ),
