@@ -49,9 +49,8 @@ def test_a_recipe_resumes(tmp_path):
 def test_the_shapes_of_every_recipe_are_known_without_data(name):
   # `import` and `export` need them.
   recipe = importlib.import_module(f"configs.{name}").get_config("test")
-  shapes, mod = systems.shapes(recipe)
+  shapes, _ = systems.shapes(recipe)
   assert trees.count(shapes) > 1000
-  assert hf.tensors(mod.KEYS, shapes)
 
 
 def test_published_weights_start_a_run(tmp_path):
