@@ -265,10 +265,10 @@ def main(argv=None) -> dict[str, dict]:
   folder = args.workdir.resolve()
   folder.mkdir(parents=True, exist_ok=True)
 
-  import jax
+  from spatial_jax import hosts
 
   # Further seeds of a row are the same program.
-  jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+  hosts.cache_programs(str(folder / "compiled"))
   rows, known = args.rows.split(","), recipe.rows()
   vggt = args.vggt
   if not vggt and any({"vggt", "teacher"} & known[row].keys() for row in rows):

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from spatial_jax import hf, losses
+from spatial_jax import hf
 from spatial_jax.data import images as preparation
 from spatial_jax.models import convnext, llm, sva, sva_keys, vit, vit_keys
 from spatial_jax.nn import edit as edit_lib
@@ -297,31 +297,7 @@ def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   return kwargs
 
 
-def loss(
-  model: Model,
-  params: Any,
-  batch: Mapping[str, Array],
-  *,
-  rngs: Any = None,
-  train: bool = True,
-) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
-  """Weighted next-token loss, (metrics, intermediates)."""
-  logits, out = model.apply(
-    {"params": params}, **arguments(batch), train=train, rngs=rngs
-  )
-  labels, weight = batch["labels"], batch["loss_weight"]
-  if model.loss_chunks:
-    # The whole logits are not used then, so that jit never computes them.
-    value, metrics = losses.next_token_chunked(
-      out["llm/hidden"],
-      llm.head_kernel(params["llm"]),
-      labels,
-      weight,
-      model.loss_chunks,
-    )
-  else:
-    value, metrics = losses.next_token(logits, labels, weight)
-  return value, (metrics, out)
+loss = llm.answer_loss(arguments)
 
 
 def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:

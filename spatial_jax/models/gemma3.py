@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from spatial_jax import hf, losses
+from spatial_jax import hf
 from spatial_jax.models import llm, llm_variants, vit, vit_keys
 from spatial_jax.nn import edit as edit_lib
 from spatial_jax.nn.layers import Dense, RMSNorm
@@ -237,22 +237,7 @@ def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   return {name: batch[name] for name in names if name in batch}
 
 
-def loss(
-  model: Model,
-  params: Any,
-  batch: Mapping[str, Array],
-  *,
-  rngs: Any = None,
-  train: bool = True,
-) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
-  """Weighted next-token loss, (metrics, intermediates)."""
-  logits, out = model.apply(
-    {"params": params}, **arguments(batch), train=train, rngs=rngs
-  )
-  value, metrics = llm.next_token(
-    params["llm"], logits, out, batch, model.loss_chunks
-  )
-  return value, (metrics, out)
+loss = llm.answer_loss(arguments)
 
 
 def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -315,13 +315,9 @@ def loss(
   rngs: Any = None,
   train: bool = True,
 ) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
-  """Weighted next-token loss, (metrics, intermediates)."""
-  logits, out = model.apply(
-    {"params": params}, **arguments(batch), train=train, rngs=rngs
-  )
-  value, metrics = llm.next_token(
-    params["llm"], logits, out, batch, model.loss_chunks
-  )
+  """Weighted next-token loss and that of boxes, (metrics, intermediates)."""
+  answer = llm.answer_loss(arguments)
+  value, (metrics, out) = answer(model, params, batch, rngs=rngs, train=train)
   if "ground/boxes" in out and "boxes" in batch:
     found = out["ground/boxes"], out["ground/scores"]
     more, parts = grounding.loss(*found, batch["boxes"], batch["boxes_mask"])

@@ -22,7 +22,7 @@ H head dim, M mlp width, V vocabulary, L layers, C condition width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -489,6 +489,36 @@ def next_token(
   return losses.next_token_chunked(
     out["llm/hidden"], head_kernel(params), labels, weight, chunks
   )
+
+
+def answer_loss(arguments: Callable[[Mapping[str, Array]], dict[str, Any]]):
+  """`loss` of a model file whose decoder, "llm", learns by `next_token`.
+
+  Args:
+    arguments: the file's own: what its `Model` takes of a batch.
+
+  Returns:
+    (model, params, batch, *, rngs, train) -> weighted next-token loss,
+    (metrics, intermediates).
+  """
+
+  def loss(
+    model: nn.Module,
+    params: Any,
+    batch: Mapping[str, Array],
+    *,
+    rngs: Any = None,
+    train: bool = True,
+  ) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
+    logits, out = model.apply(
+      {"params": params}, **arguments(batch), train=train, rngs=rngs
+    )
+    value, metrics = next_token(
+      params["llm"], logits, out, batch, model.loss_chunks
+    )
+    return value, (metrics, out)
+
+  return loss
 
 
 def head_kernel(params: dict) -> Float[Array, "D V"]:
