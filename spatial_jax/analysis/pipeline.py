@@ -129,7 +129,8 @@ def summary(result: dict[str, Any]) -> dict[str, float | None]:
     "probe, decoder's input": left["probe"]["held_out"][0],
     "probe, slot best on these rooms": max(left["probe"]["held_out"]),
     "probe of depth, decoder's input": deep and deep["probe"]["held_out"][0],
-    "probe of depth, slot best on these": deep and max(deep["probe"]["held_out"]),
+    "probe of depth, slot best on these": deep
+    and max(deep["probe"]["held_out"]),
     "flip by things": flip["objects"][0] if flip["objects"] else None,
     "flip by background": flip["background"][0] if flip["objects"] else None,
     "accuracy, order ablated": ablated[ablation.CONDITIONS[2]]["strict"],
