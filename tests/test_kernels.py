@@ -79,6 +79,7 @@ def test_blocks_pad_little(length, want):
 
 def test_the_mesh_chooses_and_not_the_backend():
   long = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+  odd = jax.ShapeDtypeStruct((1, 355, 2, 64), jnp.bfloat16)
   short = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
   assert attention.choose(long, long) == "xla"  # no mesh
   kinds = {}
@@ -95,4 +96,8 @@ def test_the_mesh_chooses_and_not_the_backend():
       kinds[platform] = attention.choose(long, long)
       assert attention.choose(short, short) == "xla"
       assert attention.choose(long, long, has_bias=True) == "xla"
+      assert attention.choose(long, long, has_mask=True) == kinds[platform]
+      if platform == "gpu":  # cuDNN's gradient refuses the first
+        assert attention.choose(odd, odd, has_mask=True) == "xla"
+        assert attention.choose(odd, odd) == "cudnn"
   assert kinds == {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
