@@ -80,7 +80,10 @@ def as_text(plan: Plan) -> str:
     return f"{size / chips.GIB:.2f}"
 
   room = (1 - _SPARE) * plan.hbm - plan.peak
-  verdict = "fits" if plan.fits else "does NOT fit"
+  held = plan.parameters + plan.optimizer + plan.batch
+  surely = plan.compiled or held > (1 - _SPARE) * plan.hbm
+  verdict = "does NOT fit" if surely else "may not fit"
+  verdict = "fits" if plan.fits else verdict
   mesh = ", ".join(f"{k} {v}" for k, v in plan.mesh.items()) or "one device"
   lines = [
     f"{plan.config} on {plan.topology} ({mesh}), batch {plan.batch_size}",
@@ -108,7 +111,10 @@ def as_text(plan: Plan) -> str:
       f"{close}"
     )
   else:
-    lines.append("not compiled: memory is an estimate from the traced step")
+    lines.append(
+      "not compiled: memory is an upper bound, which counts what a compiler "
+      "fuses and the scores that a kernel never stores"
+    )
   lines += [
     f"TFLOP a device and step: model {plan.model_flops / 1e12:.1f}, with "
     f"recomputation {plan.program_flops / 1e12:.1f}, padded "
