@@ -4,25 +4,31 @@
   python launch/world_compare.py --workdir=runs/compare
 
 trains on two CPU cores, first what the rows of configs/world_compare.py start
-from (a vision tower for each seed, one VGGT), then all rows, scores them on the
-same rooms, never seen, and writes table.md, table.json, scores.svg, loss.svg
-and report.html. Runs that are finished in the workdir are not repeated: the
-same command goes on after an interruption, `--rows` and `--seeds` add to it.
-`--config=gpu` is larger; `--vggt=DIR` takes the weights that
-launch/vggt_world.py has written, instead of training a VGGT here.
+from (a plain model for each seed, one VGGT), then all rows, scores them on the
+same rooms, never seen, and writes table.md, table.json, plots and report.html.
+Each run is a process with a log beside its folder; `--jobs` of them run at
+once, on CPUs with one core each: small models gain little from a second core.
+Runs that are finished in the workdir are not repeated: the same command goes on
+after an interruption, `--rows` and `--seeds` add to it. `--config=gpu` is
+larger; `--vggt=DIR` takes the weights that launch/vggt_world.py has written,
+instead of training a VGGT here.
 
 Intervals are Student's, 95 %, over seeds; differences to the plain model are of
-equal seeds, which share vision tower and order of rooms.
+equal seeds, which share first values and order of rooms.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import queue
 import statistics
+import subprocess
 import sys
 import time
+from concurrent import futures
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,63 +63,92 @@ def runs(rows: list[str], seeds: int) -> list[tuple[str, int]]:
 
 
 def train(config, folder: pathlib.Path):
-  """Trains what isn't trained yet, and says where."""
-  import jax
-
+  """Trains to the end; an interrupted process ends here."""
   from spatial_jax import train as trainer
 
-  print(f"\n=== {folder.name} ===", flush=True)
   done = trainer.main(config, str(folder))
   if done.interrupted:
-    sys.exit(0)
-  jax.clear_caches()
+    sys.exit(1)
   return done
 
 
-def geometry(folder: pathlib.Path, size: str) -> str:
-  """Weights of a VGGT that was trained on rooms."""
-  from configs import world_compare
-  from spatial_jax import reconstruct
+def finished(folder: pathlib.Path, part: str) -> bool:
+  return (folder / part / "result.json").exists()
 
-  weights = folder / "vggt" / "weights"
-  if not (weights / "config.json").exists():
+
+def run(folder: pathlib.Path, part: str, size: str, vggt: str) -> None:
+  """Trains and scores a part: vggt, base-SEED or ROW-SEED."""
+  from configs import world_compare
+  from spatial_jax import evaluate, metrics, reconstruct
+
+  here = folder / part
+  name, _, seed = part.partition("-")
+  if name == "vggt":
     config = world_compare.get_config(f"stage=vggt,{size}")
-    done = train(config, folder / "vggt")
-    reconstruct.save(config, done.state["params"], weights)
-  return str(weights)
+    done = train(config, here)
+    reconstruct.save(config, done.state["params"], here / "weights")
+    result = {}
+  elif name == "base":
+    config = world_compare.get_config(f"stage=vision,seed={seed},{size}")
+    train(config, folder / f"vision-{seed}")
+    config = world_compare.get_config(f"stage=base,seed={seed},{size}")
+    config.init_from = str(folder / f"vision-{seed}")
+    train(config, here)
+    result = {}
+  else:
+    arg = f"row={name},seed={seed},vggt={vggt},{size}"
+    config = world_compare.get_config(arg)
+    config.init_from = str(folder / f"base-{seed}")
+    train(config, here)
+    scores = evaluate.main(config, str(here))["vsi"]
+    speeds = [r.get("steps_per_second") for r in metrics.read(str(here))]
+    kinds = {k: v["score"] for k, v in scores["per_type"].items()}
+    result = {
+      "row": name,
+      "seed": int(seed),
+      "scores": {"macro": scores["macro"], **groups(kinds), **kinds},
+      "step_ms": 1e3 / statistics.median(s for s in speeds if s),
+      "tokens": config.model.llm.packing[0] + config.data.world.text_length,
+      "steps": config.steps,
+      "rooms": config.steps * config.batch_size,
+    }
+  (here / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def run(folder: pathlib.Path, row: str, seed: int, size: str, vggt: str):
-  """Result of one row and seed, from its file if it was finished before."""
-  from configs import world_compare
-  from spatial_jax import evaluate, metrics
+def run_all(folder, parts: list[str], jobs: int, options: list[str]) -> None:
+  """Runs what isn't finished, `jobs` processes at once."""
+  parts = [part for part in parts if not finished(folder, part)]
+  cores = sorted(os.sched_getaffinity(0))
+  places = queue.SimpleQueue()
+  for i in range(jobs):
+    places.put(cores[i :: jobs])
 
-  here = folder / f"{row}-{seed}"
-  path = here / "result.json"
-  if path.exists():
-    return json.loads(path.read_text())
-  vision = folder / f"vision-{seed}"
-  if not (vision / "done").exists():
-    train(world_compare.get_config(f"stage=vision,seed={seed},{size}"), vision)
-    (vision / "done").touch()
-  arg = f"row={row},seed={seed},vggt={vggt},{size}"
-  config = world_compare.get_config(arg)
-  config.init_from = str(vision)
-  train(config, here)
-  scores = evaluate.main(config, str(here))["vsi"]
-  speeds = [r.get("steps_per_second") for r in metrics.read(str(here))]
-  kinds = {k: v["score"] for k, v in scores["per_type"].items()}
-  result = {
-    "row": row,
-    "seed": seed,
-    "scores": {"macro": scores["macro"], **groups(kinds), **kinds},
-    "step_ms": 1e3 / statistics.median(s for s in speeds if s),
-    "tokens": config.model.llm.packing[0] + config.data.world.text_length,
-    "steps": config.steps,
-    "rooms": config.steps * config.batch_size,
-  }
-  path.write_text(json.dumps(result, indent=2) + "\n")
-  return result
+  def one(part):
+    place = places.get()
+    log = folder / f"{part}.log"
+    began = time.perf_counter()
+    command = [sys.executable, __file__, f"--workdir={folder}", *options]
+    with log.open("w") as out:
+      code = subprocess.run(
+        [*command, f"--part={part}", f"--cores={','.join(map(str, place))}"],
+        stdout=out,
+        stderr=subprocess.STDOUT,
+      ).returncode
+    places.put(place)
+    if code:
+      raise RuntimeError(f"{part}: exit status {code}, see {log}")
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{part:14} {minutes:5.1f} min", flush=True)
+
+  with futures.ThreadPoolExecutor(jobs) as pool:
+    done = [pool.submit(one, part) for part in parts]
+    try:
+      for future in futures.as_completed(done):
+        future.result()
+    except BaseException:
+      # The others end by themselves; nothing new begins.
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
 
 
 def groups(kinds: dict[str, float]) -> dict[str, float]:
@@ -251,7 +286,7 @@ def write(folder: pathlib.Path, table: dict[str, dict], minutes: float):
   )
 
 
-def main(argv=None) -> dict[str, dict]:
+def main(argv=None) -> dict[str, dict] | None:
   from configs import world_compare as recipe
 
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -260,24 +295,38 @@ def main(argv=None) -> dict[str, dict]:
   parser.add_argument("--vggt", default="", help="weights; trained if empty")
   parser.add_argument("--rows", default=",".join(recipe.rows()))
   parser.add_argument("--seeds", default=0, type=int, help="of every row")
+  parser.add_argument("--jobs", default=0, type=int, help="runs at once")
+  parser.add_argument("--part", default="", help=argparse.SUPPRESS)
+  parser.add_argument("--cores", default="", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   began = time.perf_counter()
   folder = args.workdir.resolve()
   folder.mkdir(parents=True, exist_ok=True)
+  weights = args.vggt or str(folder / "vggt" / "weights")
+  if args.part:
+    # Before jax counts cores for its threads.
+    os.sched_setaffinity(0, set(map(int, args.cores.split(","))))
+    from spatial_jax import hosts
 
-  from spatial_jax import hosts
+    # Further seeds of a row are the same program. No two write one file.
+    hosts.cache_programs(str(folder / f"compiled-{args.cores.split(',')[0]}"))
+    run(folder, args.part, args.config, weights)
+    return None
 
-  # Further seeds of a row are the same program.
-  hosts.cache_programs(str(folder / "compiled"))
   rows, known = args.rows.split(","), recipe.rows()
-  vggt = args.vggt
-  if not vggt and any({"vggt", "teacher"} & known[row].keys() for row in rows):
-    vggt = geometry(folder, args.config)
-  results = [
-    run(folder, row, seed, args.config, vggt)
-    for row, seed in runs(rows, args.seeds)
-  ]
-  table = summarize(results)
+  asked = runs(rows, args.seeds)
+  stages = [f"base-{seed}" for seed in sorted({seed for _, seed in asked})]
+  if not args.vggt and any({"vggt", "teacher"} & set(known[r]) for r in rows):
+    stages.insert(0, "vggt")
+  jobs = args.jobs or (1 if args.config == "gpu" else os.cpu_count())
+  options = [f"--config={args.config}", f"--vggt={args.vggt}"]
+  parts = [f"{row}-{seed}" for row, seed in asked]
+  if not all(finished(folder, part) for part in parts):
+    run_all(folder, stages, jobs, options)
+  run_all(folder, parts, jobs, options)
+  table = summarize(
+    [json.loads((folder / p / "result.json").read_text()) for p in parts]
+  )
   write(folder, table, (time.perf_counter() - began) / 60)
   print(f"report: {folder / 'report.html'}")
   return table

@@ -14,7 +14,9 @@ from spatial_jax.evaluators import vsi
 from spatial_jax.world import dataset
 
 
-def test_the_command_gives_the_answers_that_the_evaluator_reads(tmp_path):
+def test_the_command_gives_the_answers_that_the_evaluator_reads(
+  tmp_path, one_device
+):
   config = demo.get_config("test")
   config.evals = {}
   config.generate.rows = 1

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every recipe's `:test`: two steps, and in one the second after a kill."""
 
-import functools
 import importlib
 import pathlib
 import shutil
@@ -24,10 +23,7 @@ RECIPES = sorted(
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"demo"}))
-def test_every_recipe_trains_two_steps(name, tmp_path, monkeypatch):
-  # Meshes are the subject of other tests; one device compiles faster.
-  mesh = functools.partial(sharding.mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(sharding, "mesh", mesh)
+def test_every_recipe_trains_two_steps(name, tmp_path, one_device):
   recipe = importlib.import_module(f"configs.{name}").get_config("test")
   assert recipe.steps == 2
   done = train.main(recipe.lock(), str(tmp_path))
@@ -35,7 +31,7 @@ def test_every_recipe_trains_two_steps(name, tmp_path, monkeypatch):
   assert np.isfinite(done.metrics["loss"])
 
 
-def test_a_recipe_resumes(tmp_path):
+def test_a_recipe_resumes(tmp_path, one_device):
   recipe = importlib.import_module("configs.demo").get_config("test")
   recipe.checkpoint.every = 1
   first = train.main(recipe.lock(), str(tmp_path))
