@@ -121,7 +121,7 @@ def run_all(folder, parts: list[str], jobs: int, options: list[str]) -> None:
   cores = sorted(os.sched_getaffinity(0))
   places = queue.SimpleQueue()
   for i in range(jobs):
-    places.put(cores[i :: jobs])
+    places.put(cores[i::jobs])
 
   def one(part):
     place = places.get()

@@ -54,7 +54,7 @@ def _forget_programs():
 
 @pytest.fixture
 def one_device(monkeypatch):
-  """Meshes of one device, where they are not the subject: it compiles faster."""
+  """Meshes of one device where they are not the subject: they compile fast."""
   from spatial_jax import sharding
 
   mesh = functools.partial(sharding.mesh, devices=jax.devices()[:1])
