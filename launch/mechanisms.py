@@ -48,10 +48,12 @@ def train_demo(folder: pathlib.Path, seed: int, test: bool) -> pathlib.Path:
 
 def trained_rows(folder: pathlib.Path) -> list[tuple[str, int, pathlib.Path]]:
   """Row, seed and workdir of what world_compare.py has finished."""
+  from configs import world_compare
+
   out = []
   for path in sorted(folder.glob("*-*/result.json")):
     row, seed = re.fullmatch(r"(.+)-(\d+)", path.parent.name).groups()
-    if not row.startswith("pruned"):
+    if row in world_compare.rows() and not row.startswith("pruned"):
       out.append((row, int(seed), path.parent))
   return out
 
