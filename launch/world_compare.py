@@ -191,9 +191,45 @@ def summarize(results: list[dict]) -> dict[str, dict]:
   return table
 
 
-def show(x: dict, sign: str = "") -> str:
-  half = "" if x["half"] is None else f" ± {x['half']:.1f}"
-  return f"{x['mean']:{sign}.1f}{half}"
+def geometry(folder: pathlib.Path, parts: list[str]) -> tuple:
+  """Table of the geometric losses: what a model knows before it answers."""
+  from spatial_jax import metrics
+
+  ends: dict[str, dict[str, dict]] = {}
+  for part in parts:
+    row, _, seed = part.rpartition("-")
+    read = metrics.read(str(folder / part))
+    # The last quarter of the training: single batches differ much.
+    last = [r for r in read if r["step"] > 0.75 * read[-1]["step"]]
+    ends.setdefault(row, {})[seed] = {
+      key: statistics.mean(r[key] for r in last if key in r)
+      for key, _ in CURVES[1:]
+      if any(key in r for r in last)
+    }
+  keys = list(next(iter(next(iter(ends.values())).values()), {}))
+  lines = []
+  for row, seeds in ends.items():
+    cells = [row]
+    for key in keys:
+      cells.append(show(interval([x[key] for x in seeds.values()]), "", 3))
+      pairs = [
+        x[key] - ends["plain"][seed][key]
+        for seed, x in seeds.items()
+        if row != "plain" and seed in ends.get("plain", {})
+      ]
+      cells.append(show(interval(pairs), "+", 3) if pairs else "")
+    lines.append(cells)
+  heads = [x for key in keys for x in (key.removeprefix("aux/"), "to plain")]
+  return (
+    "Geometric losses at the end (less is better)",
+    ["model", *heads],
+    lines,
+  )
+
+
+def show(x: dict, sign: str = "", digits: int = 1) -> str:
+  half = "" if x["half"] is None else f" ± {x['half']:.{digits}f}"
+  return f"{x['mean']:{sign}.{digits}f}{half}"
 
 
 def tables(table: dict[str, dict]) -> list[tuple]:
@@ -239,12 +275,14 @@ def verdict(table: dict[str, dict], row: str = "patches_3d") -> str:
   return f"{row} against plain: {'; '.join(parts)}."
 
 
-def write(folder: pathlib.Path, table: dict[str, dict], minutes: float):
+def write(
+  folder: pathlib.Path, table: dict[str, dict], parts: list[str], minutes: float
+) -> None:
   """All files of the comparison."""
   from spatial_jax import drawing, metrics, report
 
   said = verdict(table)
-  shown = tables(table)
+  shown = [*tables(table), geometry(folder, parts)]
   text = "\n".join([*(markdown(*t) for t in shown), said])
   print("\n" + text, flush=True)
   (folder / "table.md").write_text(text + "\n")
@@ -327,7 +365,7 @@ def main(argv=None) -> dict[str, dict] | None:
   table = summarize(
     [json.loads((folder / p / "result.json").read_text()) for p in parts]
   )
-  write(folder, table, (time.perf_counter() - began) / 60)
+  write(folder, table, parts, (time.perf_counter() - began) / 60)
   print(f"report: {folder / 'report.html'}")
   return table
 

@@ -130,12 +130,19 @@ def test_what_is_finished_is_not_repeated_and_everything_is_written(
     folder.mkdir()
     got = result(row, seed, 50.0 + seed)
     (folder / "result.json").write_text(json.dumps(got))
-    lines = [json.dumps({"step": i, "loss": 3.0 - i}) for i in (1, 2)]
+    far = 0.2 if row == "sva" else 0.3 + 0.1 * seed
+    lines = [
+      json.dumps({"step": i, "loss": 3.0 - i, "aux/ground": far * (3 - i)})
+      for i in (1, 2)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
   options = ["--rows=plain,sva", "--vggt=unread", "--config=test"]
   command.main([f"--workdir={tmp_path}", *options])
   text = (tmp_path / "table.md").read_text()
   assert "| plain | 51.0 ± 2.5 |" in text and "| sva | +0.0 |" in text
+  # Of the last step alone; to the plain model of the same seed.
+  assert "| plain | 0.400 ± 0.248 |  |" in text
+  assert "| sva | 0.200 | -0.100 |" in text
   page = (tmp_path / "report.html").read_text()
   assert not re.search(r"(src|href)=\"(?!data:|#)", page)
   for name in ("macro", "distance", "direction", "loss"):

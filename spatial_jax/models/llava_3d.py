@@ -5,27 +5,22 @@ Paper: https://arxiv.org/abs/2409.18125. Weights: ChaimZhu/LLaVA-3D-7B.
 images -> CLIP -> patches + embedding of (depth, intrinsics, pose -> world
 point) -> mean in voxels, or farthest points -> projector -> in place of the
 image tokens; clicked points -> their embedding -> in place of the point tokens;
--> Vicuna -> text, in which boxes are numbers.
-
-A 2D image has no depth: its patches are tokens as they are (LLaVA-1.5).
+-> Vicuna -> text, in which boxes are numbers. 2D images: as in LLaVA-1.5.
 
 Departures from the released code (first version of the paper):
 1. Rows have a fixed number of image tokens. Slots without a voxel are padding,
    and what comes after moves up, so that the sequence is the reference's.
-2. More voxels than slots: evenly spaced ones stay, the same each time. The
-   reference keeps random ones in random order, at inference too
-   (`lift.overflow="random"`).
-3. Patches without depth are dropped. The reference has them all at the camera's
-   centre, with which the published weights were trained: variant "7b" does as
-   well (`lift.keep_invalid`). Frames without a finite pose are always dropped.
+2. More voxels than slots: evenly spaced ones stay. The reference keeps random
+   ones in random order, at inference too (`lift.overflow="random"`).
+3. Patches without depth, or a finite pose, are dropped. "7b" has the former at
+   the camera's centre, as it was trained (`lift.keep_invalid`).
 4. Geometry is float32; the released scripts round it to bfloat16, which moves
    points by centimetres (`lift.bfloat16`).
 5. Intrinsics have pixel centres at +0.5; see `data.llava_3d.to_centres`.
 
 Of the ICCV version (third of the paper; no code, no weights) variant "iccv-7b"
-has the embedding behind the projector, no pooling, and boxes from the hidden
-state of a `<LOC>` token (see `grounding`, with departures of its own). How its
-base, LLaVA-Video, pools within a frame isn't described there and is left out.
+has the embedding behind the projector, no pooling, and boxes from the state of a
+`<LOC>` token (see `grounding`). How its base pools within a frame is left out.
 
 Letters: B batch, T length, F frames, h w patch grid, P = F*h*w patches, M image
 tokens, C clicked points, D width, V vocabulary.
