@@ -19,8 +19,8 @@ Departures from the released code (first version of the paper):
 5. Intrinsics have pixel centres at +0.5; see `data.llava_3d.to_centres`.
 
 Of the ICCV version (third of the paper; no code, no weights) variant "iccv-7b"
-has the embedding behind the projector, no pooling, and boxes from the state of a
-`<LOC>` token (see `grounding`). How its base pools within a frame is left out.
+has the embedding behind the projector, no pooling, and boxes from a `<LOC>`
+token's state (see `grounding`). How its base pools within a frame is left out.
 
 Letters: B batch, T length, F frames, h w patch grid, P = F*h*w patches, M image
 tokens, C clicked points, D width, V vocabulary.
