@@ -8,7 +8,7 @@
   python -m spatial_jax evaluate --config=configs/demo.py --workdir=E
 
 `make demo` runs all of it on two CPU cores in about ten minutes and writes a
-report: VSI macro 63.2 on rooms never seen, 33.0 for the blind model. Options:
+report: VSI macro 63.2 on rooms never seen, 33.5 for the blind model. Options:
 `stage=vision|joint`, `blind` (the same questions, no images),
 `layouts=FILE` (evaluate on real rooms in the VSI-Bench meta format), `test`.
 """
