@@ -23,12 +23,11 @@ import argparse
 import json
 import os
 import pathlib
-import queue
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from concurrent import futures
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -116,39 +115,45 @@ def run(folder: pathlib.Path, part: str, size: str, vggt: str) -> None:
 
 
 def run_all(folder, parts: list[str], jobs: int, options: list[str]) -> None:
-  """Runs what isn't finished, `jobs` processes at once."""
-  parts = [part for part in parts if not finished(folder, part)]
+  """Runs what isn't finished, `jobs` processes at once.
+
+  A failure of one, SIGTERM and Ctrl-C stop all, which save what they have.
+  """
+  waiting = [part for part in parts if not finished(folder, part)]
+  if not waiting:
+    return
   cores = sorted(os.sched_getaffinity(0))
-  places = queue.SimpleQueue()
-  for i in range(jobs):
-    places.put(cores[i::jobs])
-
-  def one(part):
-    place = places.get()
-    log = folder / f"{part}.log"
-    began = time.perf_counter()
-    command = [sys.executable, __file__, f"--workdir={folder}", *options]
-    with log.open("w") as out:
-      code = subprocess.run(
-        [*command, f"--part={part}", f"--cores={','.join(map(str, place))}"],
-        stdout=out,
-        stderr=subprocess.STDOUT,
-      ).returncode
-    places.put(place)
-    if code:
-      raise RuntimeError(f"{part}: exit status {code}, see {log}")
-    minutes = (time.perf_counter() - began) / 60
-    print(f"{part:14} {minutes:5.1f} min", flush=True)
-
-  with futures.ThreadPoolExecutor(jobs) as pool:
-    done = [pool.submit(one, part) for part in parts]
-    try:
-      for future in futures.as_completed(done):
-        future.result()
-    except BaseException:
-      # The others end by themselves; nothing new begins.
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
+  jobs = min(jobs or len(cores), len(cores))
+  free = [cores[i::jobs] for i in range(jobs)]
+  running = {}
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+  try:
+    while waiting or running:
+      while waiting and free:
+        part, place = waiting.pop(0), free.pop(0)
+        command = [sys.executable, __file__, f"--workdir={folder}", *options]
+        command += [f"--part={part}", f"--cores={','.join(map(str, place))}"]
+        with (folder / f"{part}.log").open("w") as log:
+          child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT
+          )
+        running[child] = part, place, time.perf_counter()
+      for child in [c for c in running if c.poll() is not None]:
+        part, place, began = running.pop(child)
+        if child.returncode:
+          raise RuntimeError(
+            f"{part}: exit status {child.returncode}, see {folder}/{part}.log"
+          )
+        free.append(place)
+        print(f"{part:14} {(time.perf_counter() - began) / 60:5.1f} min")
+        sys.stdout.flush()
+      time.sleep(0.2)
+  finally:
+    for child in running:
+      child.terminate()
+    for child in running:
+      child.wait()
+    signal.signal(signal.SIGTERM, before)
 
 
 def groups(kinds: dict[str, float]) -> dict[str, float]:
@@ -318,7 +323,9 @@ def write(
       "curves": CURVES,
       "settings": {
         "minutes of this call": f"{minutes:.1f}",
-        "rooms seen": next(iter(table.values()))["rooms"],
+        "rooms seen after the plain model's": next(iter(table.values()))[
+          "rooms"
+        ],
       },
     },
   )
@@ -333,7 +340,12 @@ def main(argv=None) -> dict[str, dict] | None:
   parser.add_argument("--vggt", default="", help="weights; trained if empty")
   parser.add_argument("--rows", default=",".join(recipe.rows()))
   parser.add_argument("--seeds", default=0, type=int, help="of every row")
-  parser.add_argument("--jobs", default=0, type=int, help="runs at once")
+  parser.add_argument(
+    "--jobs",
+    default=0,
+    type=int,
+    help="runs at once; by default one a core, one on a GPU",
+  )
   parser.add_argument("--part", default="", help=argparse.SUPPRESS)
   parser.add_argument("--cores", default="", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -356,7 +368,7 @@ def main(argv=None) -> dict[str, dict] | None:
   stages = [f"base-{seed}" for seed in sorted({seed for _, seed in asked})]
   if not args.vggt and any({"vggt", "teacher"} & set(known[r]) for r in rows):
     stages.insert(0, "vggt")
-  jobs = args.jobs or (1 if args.config == "gpu" else os.cpu_count())
+  jobs = args.jobs or int(args.config == "gpu")
   options = [f"--config={args.config}", f"--vggt={args.vggt}"]
   parts = [f"{row}-{seed}" for row, seed in asked]
   if not all(finished(folder, part) for part in parts):

@@ -7,6 +7,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from configs import world_compare
 from launch import world_compare as command
@@ -122,7 +123,7 @@ def test_what_is_finished_is_not_repeated_and_everything_is_written(
   def never(*_):
     raise AssertionError("it was finished")
 
-  monkeypatch.setattr(command.subprocess, "run", never)
+  monkeypatch.setattr(command.subprocess, "Popen", never)
   asked = command.runs(["plain", "sva"], 0)
   assert asked == [("plain", 0), ("sva", 0), ("plain", 1), ("plain", 2)]
   for row, seed in asked:
@@ -148,3 +149,28 @@ def test_what_is_finished_is_not_repeated_and_everything_is_written(
   for name in ("macro", "distance", "direction", "loss"):
     assert (tmp_path / f"{name}.svg").read_text().startswith("<svg")
   assert json.loads((tmp_path / "table.json").read_text())["sva"]["rooms"]
+
+
+def test_a_run_that_fails_stops_the_others_which_save(tmp_path, monkeypatch):
+  script = tmp_path / "part.py"
+  script.write_text(
+    "import pathlib, signal, sys, time\n"
+    "here = pathlib.Path(__file__).parent\n"
+    "def stop(*_):\n"
+    "  (here / 'saved').touch()\n"
+    "  sys.exit(1)\n"
+    "signal.signal(signal.SIGTERM, stop)\n"
+    "if '--part=slow' in sys.argv:\n"
+    "  (here / 'ready').touch()\n"
+    "  time.sleep(60)\n"
+    "while not (here / 'ready').exists():\n"
+    "  time.sleep(0.05)\n"
+    "sys.exit('no weights')\n"
+  )
+  monkeypatch.setattr(command, "__file__", str(script))
+  monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: {0, 1})
+  with pytest.raises(RuntimeError, match=r"bad: exit status 1, see .*bad.log"):
+    command.run_all(tmp_path, ["slow", "bad", "never"], 0, [])
+  assert (tmp_path / "saved").exists()
+  assert (tmp_path / "bad.log").read_text() == "no weights\n"
+  assert not (tmp_path / "never.log").exists()
