@@ -32,6 +32,7 @@ CURVES = (
 )
 
 
+# What is trained, in this order, with which arguments of configs/demo.py.
 RUNS = {"vision": "stage=vision", "seeing": "", "blind": "blind"}
 
 
@@ -65,7 +66,10 @@ def train(folder: pathlib.Path, test: bool) -> None:
       blind.wait()
 
 
-def run(folder: pathlib.Path, name: str, test: bool) -> None:
+def run(
+  folder: pathlib.Path, name: str, test: bool, interrupted: int = 0
+) -> None:
+  """One of `RUNS`; the process ends with `interrupted` if it is stopped."""
   from configs import demo
   from spatial_jax import train as trainer
 
@@ -74,7 +78,7 @@ def run(folder: pathlib.Path, name: str, test: bool) -> None:
     config.init_from = str(folder / "vision")
   print(f"\n=== {name} ===", flush=True)
   if trainer.main(config, str(folder / name)).interrupted:
-    sys.exit(0)
+    sys.exit(interrupted)
 
 
 def evaluate(folder: pathlib.Path, layouts: str, test: bool, rooms: int):
@@ -193,7 +197,8 @@ def main() -> None:
   folder, began = args.workdir.resolve(), time.perf_counter()
   if args.blind:
     os.nice(10)
-    return run(folder, "blind", args.test)
+    # Stopped alone, it must not count as trained.
+    return run(folder, "blind", args.test, interrupted=1)
   if args.layouts and not (folder / "seeing" / "checkpoints").exists():
     sys.exit(f"error: no trained model in {folder}; run make demo first")
   if not args.layouts:
