@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.evals.geometry = ConfigDict(
     {"name": "spatial_jax.evaluators.geometry", "every": 0, "split": "test"}
   )
-  # On CPU, recomputing is faster than stacking what the scans would save.
+  # Saves memory; on CPU it is faster too than stacking what a scan saves.
   c.model.remat = "full"
   if not small:
     c.model.update(

@@ -104,10 +104,8 @@ def main(argv=None) -> dict:
   from PIL import Image
 
   from configs import vggt_world
-  from spatial_jax import evaluate, hosts, reconstruct, train
+  from spatial_jax import evaluate, reconstruct, train
 
-  # First values are made twice: to start from, and to compare with.
-  hosts.cache_programs(str(folder / "compiled"))
   config = vggt_world.get_config(args.config)
   done = train.main(config, str(folder))
   if done.interrupted:
