@@ -19,8 +19,11 @@ merges what was trained into a folder like `init`.
 `test` trains a tiny model on four made-up pictures.
 """
 
+import atexit
+import functools
 import json
 import pathlib
+import shutil
 import tempfile
 
 from ml_collections import ConfigDict
@@ -115,11 +118,16 @@ def _tiny(c: ConfigDict) -> None:
   )
 
 
+@functools.cache
 def _pictures() -> pathlib.Path:
-  """A folder with four pictures of one colour each and a question on them."""
+  """A folder with four pictures of one colour each and a question on them.
+
+  It is there until the process ends.
+  """
   from PIL import Image
 
   folder = pathlib.Path(tempfile.mkdtemp(prefix="spatial_jax_"))
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
   lines = []
   for i, color in enumerate(("red", "lime", "blue", "white")):
     image = Image.new("RGB", (16 + 8 * i, 24), color)

@@ -29,6 +29,7 @@ ROWS = (
   ("Qwen2.5-VL-7B", "qwen2_5_vl_sft.py:variant=7b", "v5p:2x2x4", ()),
   ("Cambrian-1-8B", "cambrian.py:variant=8b,stage=2", "v5p:4x4x4", ()),
   ("LLaVA-3D-7B", "llava_3d_sft.py:stage=2", "v5p:2x2x4", ()),
+  ("Molmo2-8B, STTS 50 %", "stts_sft.py:variant=8b", "v5p:4x4x4", ()),
   ("pi0 and VGGT", "spatial_forcing.py:policy=pi0", "v5p:2x2x4", ()),
   *(
     (

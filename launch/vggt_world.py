@@ -41,7 +41,6 @@ def show(scores: dict) -> None:
 
 def pictures(config, params, rooms: int, width: int = 1280):
   """For each room its frames, depth and cloud; truth left, model right."""
-  import jax
   import numpy as np
 
   from spatial_jax import clouds, drawing
@@ -54,7 +53,7 @@ def pictures(config, params, rooms: int, width: int = 1280):
   config.batch_size = rooms
   system = systems.build(config, pipeline.example(config), rooms)
 
-  @jax.jit
+  @systems.once
   def see(batch):
     batch = system.transform(batch)
     got = system.model.apply({"params": params}, **system.mod.arguments(batch))

@@ -127,6 +127,23 @@ def local_folder(workdir: str) -> pathlib.Path:
   return pathlib.Path(workdir)
 
 
+def _summary_writer() -> type:
+  """tensorboardX's, without torch.
+
+  Where torch is installed, tensorboardX imports it for what isn't used here,
+  which takes longer than all other imports of a run.
+  """
+  free = "torch" not in sys.modules
+  if free:
+    sys.modules["torch"] = None  # as if it weren't installed
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if free:
+      del sys.modules["torch"]
+  return SummaryWriter
+
+
 class Writer:
   """Metrics of a run in <workdir>/metrics.jsonl, TensorBoard and stdout."""
 
@@ -152,9 +169,7 @@ class Writer:
     self.repeated = _forget(path, start)
     self._file = path.open("a")
     if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      self._board = SummaryWriter(
+      self._board = _summary_writer()(
         str(folder / "tensorboard"), purge_step=start + 1
       )
     if sys.stderr.isatty():

@@ -128,7 +128,7 @@ def _start(
   key = jax.random.key(config.seed)
   placed = jax.tree.map(lambda x: x.sharding, abstract)
   if not source:
-    return jax.jit(init, out_shardings=placed)(key), "fresh weights"
+    return once(init, placed)(key), "fresh weights"
   fresh = jax.tree.map(lambda _: False, abstract)
   new = tuple(config.init_new)
   is_trained = checkpoint.is_workdir(source) and not checkpoint.is_import(
@@ -149,12 +149,23 @@ def _start(
     params = _from_hugging_face(source, system, abstract, wanted, new)
   if new:
     # Only the new leaves are computed: the others are dead code in this jit.
-    new = jax.jit(
-      lambda key: optim.subset(init(key), fresh),
-      out_shardings=optim.subset(placed, fresh),
+    new = once(
+      lambda key: optim.subset(init(key), fresh), optim.subset(placed, fresh)
     )(key)
     params = optim.merge(new, params)
   return params, f"weights of {source}"
+
+
+def once(function: Callable[..., Any], placed: Any = None) -> Any:
+  """`jax.jit` of what runs only once, with results placed so.
+
+  On CPU, random numbers for many shapes take a third of the time to compile
+  when the code isn't optimized, and running it takes next to none.
+  """
+  options = None
+  if jax.default_backend() == "cpu":
+    options = {"xla_backend_optimization_level": 0}
+  return jax.jit(function, out_shardings=placed, compiler_options=options)
 
 
 def _from_hugging_face(

@@ -73,6 +73,11 @@ def pytest_addoption(parser):
     help="fail when a golden case has no adapter",
   )
   parser.addoption(
+    "--all-recipes",
+    action="store_true",
+    help="train two steps of every recipe, not of one",
+  )
+  parser.addoption(
     "--all-meshes",
     action="store_true",
     help="compare every model on every mesh with one device, not two of them",

@@ -92,7 +92,11 @@ def test_the_example_of_the_readme_runs(tmp_path):
   done = subprocess.run(
     [sys.executable, "-c", code],
     cwd=tmp_path,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    env={
+      **os.environ,
+      "PYTHONPATH": str(ROOT),
+      "XLA_FLAGS": os.environ["ONE_DEVICE"],
+    },
     capture_output=True,
     text=True,
   )

@@ -163,8 +163,8 @@ def test_the_vision_stage_leaves_the_language_model_alone(source):
   c = config("stage=vision,test")
   c.batch_size = 2
   built = build(c)
-  params = built.init(jax.random.key(0))
-  batch = built.transform(jax.tree.map(jnp.asarray, batch_of(source, range(2))))
+  params = jax.jit(built.init)(jax.random.key(0))
+  batch = jax.jit(built.transform)(batch_of(source, range(2)))
   grads = jax.jit(jax.grad(lambda p: built.loss(p, batch)[0]))(params)
   for leaf in jax.tree.leaves(grads["llm"]["blocks"]):
     assert not leaf.any()
@@ -186,7 +186,7 @@ def test_a_packed_answer_is_what_the_question_alone_gets(source):
     )
     return forward(params, {k: v[None] for k, v in row.items()})[0]
 
-  params = build(c).init(jax.random.key(1))
+  params = jax.jit(build(c).init)(jax.random.key(1))
   packed = answers(asked)
   for number, question in enumerate(asked[:3]):
     alone = answers([question])[0]

@@ -107,6 +107,17 @@ def test_causal_scores_count_half_and_small_heads_more():
   assert flops.padded == 2 * flops.program
 
 
+def test_queries_in_turns_are_padded_like_all_at_once(monkeypatch):
+  q = jnp.ones((2, 512, 4, 64))
+  step = jax.grad(lambda *x: attention.unmasked(*x).sum(), argnums=(0, 1, 2))
+  whole = cost.flops(cost.trace(jax.jit(step), q, q, q), 128)
+  monkeypatch.setattr(attention, "_MOST_SCORES", 2**16)  # 16 rows a turn
+  turns = cost.flops(cost.trace(jax.jit(step), q, q, q), 128)
+  assert turns.model == whole.model
+  assert turns.padded == 2 * turns.program
+  assert whole.padded == 2 * whole.program
+
+
 def test_placing_image_tokens_takes_no_collective():
   mesh = sharding.mesh(data=2, fsdp=4)
   rows = sharding.batch_sharding(mesh)

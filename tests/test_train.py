@@ -143,7 +143,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
   dataset, example = pipeline.make(c, 8)
   system = systems.build(c, example, 8)
   batch = jax.tree.map(jnp.asarray, next(iter(dataset)))
-  params = system.init(jax.random.key(0))
+  params = jax.jit(system.init)(jax.random.key(0))
   # Plain descent: the step is the gradient.
   plain = optim.Optimizer(
     optax.sgd(1.0), lambda step: 1.0, jax.tree.map(lambda _: True, params)
@@ -198,7 +198,7 @@ def test_parameters_named_as_new_start_fresh(trained):
   c.init_from, c.init_new = workdir, ("llm/head/.*",)
   system = build(c)
   params, origin = systems.start(c, system, abstract(system))
-  fresh = system.init(jax.random.key(c.seed))
+  fresh = systems.once(system.init)(jax.random.key(c.seed))
   assert origin.endswith(workdir)
   assert_equal(params["llm"]["head"], fresh["llm"]["head"])
   assert_equal(params["llm"]["embed"], first.state["params"]["llm"]["embed"])

@@ -15,7 +15,14 @@ from spatial_jax.types import Array, Float, Int, UInt8
 def frames(
   video: UInt8[Array, "F height width 3"], side: int = 378
 ) -> Float[Array, "F side side 3"]:
-  """Frames of a video: stretched to a square, bilinear, no antialiasing."""
+  """Frames of a video as the vision tower takes them; see `stretch`."""
+  return normalize(stretch(video, side))
+
+
+def stretch(
+  video: UInt8[Array, "F height width 3"], side: int = 378
+) -> UInt8[Array, "F side side 3"]:
+  """Frames stretched to a square, bilinear, no antialiasing."""
   height, width = video.shape[1:3]
   above, below, down = _neighbours(height, side)
   left, right, across = _neighbours(width, side)
@@ -26,7 +33,7 @@ def frames(
     return pixels[:, :, left] * (1 - across) + pixels[:, :, right] * across
 
   pixels = row(above) * (1 - down) + row(below) * down
-  return normalize(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
+  return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
 def _neighbours(old, new):

@@ -95,7 +95,7 @@ class Videos:
       return [[i] for i in range(len(self._rows))]
     together = collections.defaultdict(list)
     for i, entry in enumerate(self._rows):
-      together[str(names_of(entry)), _turns(entry)[0]].append(i)
+      together[str(names_of(entry)), turns(entry)[0]].append(i)
     groups = []
     for members in together.values():
       room = self._length - len(self._opening(self._rows[members[0]])[0])
@@ -118,11 +118,11 @@ class Videos:
     elif names:
       grids = [(m["frames"] // m["temporal"], h, w)]
     counts = [t * h * w // m["merge"] ** 2 for t, h, w in grids]
-    head = spatial_mllm.opening(_turns(entry)[0], counts)
+    head = spatial_mllm.opening(turns(entry)[0], counts)
     return self.tokenizer.encode(head), grids
 
   def _dialogue(self, entry):
-    return spatial_mllm.dialogue(self.tokenizer, _turns(entry)[1])
+    return spatial_mllm.dialogue(self.tokenizer, turns(entry)[1])
 
   def _row(self, entries: Sequence[Mapping[str, Any]]) -> Row:
     ids, grids = self._opening(entries[0])
@@ -233,12 +233,12 @@ def read(
   return [vision.to_rgb(sources.read_image(path)) for path in files]
 
 
-def _turns(entry: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+def turns(entry: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
   """What precedes the first question, then questions and answers."""
-  turns = entry["conversations"]
-  roles = [turn["from"] for turn in turns]
+  said = entry["conversations"]
+  roles = [turn["from"] for turn in said]
   if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
     raise ValueError(f"turns are from {roles}; expected human, gpt in turn")
-  values = [turn["value"] for turn in turns]
+  values = [turn["value"] for turn in said]
   head, values[0] = spatial_mllm.split(values[0])
   return head, list(zip(values[::2], values[1::2], strict=True))

@@ -194,7 +194,7 @@ def evaluate(
   forward = jax.jit(
     lambda p, x: model.apply({"params": p}, **mod.arguments(x))[0]
   )
-  fresh = jax.jit(system.init)(jax.random.key(config.seed))
+  fresh = systems.once(system.init)(jax.random.key(config.seed))
   weights = {"model": params, "untrained": systems.drop_auxiliary(fresh)}
 
   def see(batch):

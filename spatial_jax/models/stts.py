@@ -216,7 +216,12 @@ def arguments(batch: Mapping[str, Array]) -> dict[str, Any]:
   """What `Model` takes of a batch."""
   names = ("tokens", "positions", "segments", "mutual", "images", "pooling")
   names += ("videos", "kept_mask", "shared")
-  return {name: batch[name] for name in names if name in batch}
+  found = {name: batch[name] for name in names if name in batch}
+  if "images" in found and found["images"].dtype == jnp.uint8:
+    # As bytes they take a quarter of the way to the device.
+    scaled = found["images"].astype(jnp.float32) * np.float32(1 / 255)
+    found["images"] = (scaled - 0.5) / 0.5
+  return found
 
 
 def loss(
@@ -255,7 +260,7 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
 
   They have `config.data.frames` frames of the size of the vision tower's table,
   which are one video; or, with `config.data.kept` tokens left of each row,
-  videos and images as `videos` says.
+  bytes of videos and images as `videos` says.
   """
   from spatial_jax import models
 
@@ -277,4 +282,6 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   if kept := config.data.get("kept"):
     inputs["videos"] = array(jnp.int32, F)
     inputs["kept_mask"] = array(jnp.bool_, kept)
+    inputs["mutual"] = array(jnp.int32, T)
+    inputs["images"] = array(jnp.uint8, F, side, side, 3)
   return inputs

@@ -28,8 +28,9 @@ _LEAST = 256
 # Scopes by which `plan` knows products of scores, and those under a square
 # mask, of which half is hidden.
 SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
-# And how many of the layers take a branch.
+# And how many of the layers take a branch, of the queries a turn.
 SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
+TURN = re.compile(r"turn_(\d+)_of_(\d+)")
 # Heads that cuDNN takes.
 _CUDNN_HEAD = 128
 
@@ -141,6 +142,7 @@ def unmasked(
   parts = query.reshape(B, count, size, N, H).swapaxes(0, 1)
 
   @jax.checkpoint
+  @jax.named_scope(f"turn_{size}_of_{T}")
   def some(part):
     return attention(part, key, value)
 

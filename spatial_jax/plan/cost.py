@@ -63,13 +63,21 @@ def flops(jaxpr: Any, side: int) -> Flops:
     program += count
     is_scores = attention.SCORES in names
     # Small heads leave much of the unit empty; weights are never that small.
-    least = max(min(m, n, k), _ROWS) if is_scores else side
+    least = _least(names, m, n, k) if is_scores else side
     padded += count * max(side / least, 1)
     if _AGAIN not in names:
       model += count
     if is_scores:
       scores += count
   return Flops(model, program, padded, scores)
+
+
+def _least(names, *sides):
+  """The smallest side of scores, as a kernel has it: with all queries."""
+  if turn := attention.TURN.search(names):
+    some, whole = map(int, turn.groups())
+    sides = [whole if side == some else side for side in sides]
+  return max(min(sides), _ROWS)
 
 
 def gathers(jaxpr: Any) -> Counter:
