@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -31,21 +32,25 @@ CURVES = (
   ("aux/angle", "the asked angle"),
 )
 
-
+SHOWN = 4  # rooms in the report
+SCORES = "scores.json"  # of the blind model, on rooms never seen
 # What is trained, in this order, with which arguments of configs/demo.py.
 RUNS = {"vision": "stage=vision", "seeing": "", "blind": "blind"}
 
 
-def train(folder: pathlib.Path, test: bool) -> None:
-  """The three runs; finished ones are left as they are."""
+def train(folder: pathlib.Path, test: bool) -> dict | None:
+  """The three runs; finished ones are left as they are.
+
+  Returns the blind model's scores, if it has been scored already.
+  """
   import jax
 
   if jax.default_backend() != "cpu":
     for name in RUNS:
       run(folder, name, test)
-    return
-  # The blind model needs nothing of the others: it is trained by a process
-  # that takes what they leave of two cores, above all while they compile.
+    return None
+  # The blind model needs nothing of the others: a process trains and scores it
+  # with what they leave of two cores, above all while they compile.
   log = folder / "blind.log"
   command = [sys.executable, __file__, f"--workdir={folder}", "--blind"]
   folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +64,12 @@ def train(folder: pathlib.Path, test: bool) -> None:
     print("\n=== blind ===", flush=True)
     if blind.wait():
       sys.exit(f"error: {log} ends with\n{log.read_text()[-2000:]}")
-    print(log.read_text().splitlines()[-1])
+    print(*re.findall("goodput .*;.*", log.read_text())[-1:])
   finally:
     if blind.poll() is None:
       blind.terminate()  # it saves
       blind.wait()
+  return json.loads((folder / "blind" / SCORES).read_text())
 
 
 def run(
@@ -81,19 +87,16 @@ def run(
     sys.exit(interrupted)
 
 
-def evaluate(folder: pathlib.Path, layouts: str, test: bool, rooms: int):
-  """Scores of both models on the same rooms, and the seeing model's config."""
+def evaluate(folder: pathlib.Path, name: str, layouts: str, test: bool):
+  """Scores of a model, with the answers in some rooms, and its config."""
   from configs import demo
   from spatial_jax import evaluate as evaluator
 
-  scores, config = {}, None
-  for name, arg in (("blind", "blind"), ("seeing", "")):
-    parts = [arg, "test" if test else "", f"layouts={layouts}" * bool(layouts)]
-    config = demo.get_config(",".join(p for p in parts if p))
-    config.evals.vsi.keep = rooms
-    print(f"\n=== {name} ===", flush=True)
-    scores[name] = evaluator.main(config, str(folder / name))["vsi"]
-  return scores, config
+  parts = [RUNS[name], "test" * test, f"layouts={layouts}" * bool(layouts)]
+  config = demo.get_config(",".join(p for p in parts if p))
+  config.evals.vsi.keep = SHOWN
+  print(f"\n=== {name} ===", flush=True)
+  return evaluator.main(config, str(folder / name))["vsi"], config
 
 
 def table(scores: dict) -> list[dict]:
@@ -198,12 +201,17 @@ def main() -> None:
   if args.blind:
     os.nice(10)
     # Stopped alone, it must not count as trained.
-    return run(folder, "blind", args.test, interrupted=1)
+    run(folder, "blind", args.test, interrupted=1)
+    scores, _ = evaluate(folder, "blind", "", args.test)
+    (folder / "blind" / SCORES).write_text(json.dumps(scores, default=float))
+    return
   if args.layouts and not (folder / "seeing" / "checkpoints").exists():
     sys.exit(f"error: no trained model in {folder}; run make demo first")
-  if not args.layouts:
-    train(folder, args.test)
-  scores, config = evaluate(folder, args.layouts, args.test, rooms=4)
+  blind = None if args.layouts else train(folder, args.test)
+  if blind is None:
+    blind, _ = evaluate(folder, "blind", args.layouts, args.test)
+  seeing, config = evaluate(folder, "seeing", args.layouts, args.test)
+  scores = {"blind": blind, "seeing": seeing}
 
   from spatial_jax import report
 
@@ -242,7 +250,7 @@ def main() -> None:
       "table": rows,
       "runs": curves(folder),
       "curves": list(CURVES),
-      "rooms": pictures(config, scores, 4),
+      "rooms": pictures(config, scores, SHOWN),
       "settings": {
         "minutes": f"{(time.perf_counter() - began) / 60:.1f}",
         "steps": "vision {}, seeing {}, blind {}".format(

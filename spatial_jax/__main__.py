@@ -35,7 +35,12 @@ OPTIONS = {
   "import": {"from": "", "dry_run": False},
   "export": {"from": "", "to": "", "dtype": "", "like": ""},
   "cache": {"from": ""},
-  "plan": {"topology": "v5e:4x4", "json": False, "search": False},
+  "plan": {
+    "topology": "v5e:4x4",
+    "json": False,
+    "search": False,
+    "serve": False,
+  },
 }
 
 HELP = """\
@@ -64,6 +69,7 @@ options:
   --like=FOLDER         export: copies config.json and tokenizer from there
   --topology=v5e:4x4    plan: the chips, KIND:SIZES, or one GPU, h100:1
   --json, --search      plan: as JSON; the smallest topology that fits
+  --serve               plan: generation instead of training
   --debug               show the traceback of an error
   --help                this; with --config also the recipe's keys and values
 """

@@ -51,6 +51,7 @@ WITHOUT_JAX = (
   "data.images",
   "data.libero",
   "data.molmo2",
+  "data.molmo2_videos",
   "data.pipeline",
   "data.stts",
   "data.text",

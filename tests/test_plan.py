@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import qwen2_5_vl_sft
-from spatial_jax import plan, sharding
+from configs import qwen2_5_vl_sft, vggt_world
+from spatial_jax import models, plan, sharding
 from spatial_jax.models import llm
 from spatial_jax.nn import attention
 from spatial_jax.plan import chips, cost, hlo
@@ -148,6 +148,31 @@ def test_plan_of_a_gpu_traces_only(capsys):
   assert 0 < found.model_flops <= found.program_flops <= found.padded_flops
   plan.main(config, topology="h100:1")
   assert "fits" in capsys.readouterr().out
+
+
+def test_serving_on_a_gpu_reads_weights_and_cache_for_each_token(capsys):
+  config = qwen2_5_vl_sft.get_config("test")
+  config.generate.max_new_tokens = 16
+  found = plan.main(config, topology="h100:1", serve=True, json=True)
+  printed = json.loads(capsys.readouterr().out)
+  assert printed["fits"] and printed["prompt"] == config.data.length
+  prefill, decode = found.phases["prefill"], found.phases["decode"]
+  model, _ = models.build(config)
+  cache = model.init_cache(8, config.data.length + 16)
+  assert decode.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
+  assert decode.bound == "memory"
+  bandwidth = chips.parse("h100:1").chip.bandwidth
+  read = found.parameters + decode.cache
+  assert decode.seconds == pytest.approx(read / bandwidth)
+  assert decode.flops < prefill.flops / 10
+  plan.main(config, topology="h100:1", serve=True)
+  assert "new tokens a second" in capsys.readouterr().out
+
+
+def test_serving_needs_a_model_that_generates():
+  config = vggt_world.get_config("test")
+  with pytest.raises(ValueError, match="generates no text"):
+    plan.main(config, topology="h100:1", serve=True)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 """Plans a recipe for chips that aren't here: does it fit, how fast at best.
 
   python -m spatial_jax plan --config=FILE[:ARGS] --topology=v5e:4x4
-    [--json] [--search]
+    [--json] [--search] [--serve]
 
 For a TPU topology the training step that `train` runs is compiled with libtpu,
-on any machine. For one GPU ("h100:1") it is traced, not compiled.
+on any machine. For one GPU ("h100:1") it is traced, not compiled. `--serve`
+plans generation instead; see serve.py.
 
 Seconds are a floor, the largest of three: products at the chip's peak, memory
 once through, links at their full rate. Programs reach 60 to 70 percent of it.
@@ -14,8 +15,6 @@ once through, links at their full rate. Programs reach 60 to 70 percent of it.
 from __future__ import annotations
 
 import math
-import resource
-import time
 from typing import Any
 
 import jax
@@ -23,7 +22,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from spatial_jax import models, sharding, train
 from spatial_jax.data import pipeline
-from spatial_jax.plan import chips, cost, hlo, summary
+from spatial_jax.plan import chips, compiled, cost, summary
+from spatial_jax.plan import serve as serving
 
 
 def main(
@@ -33,10 +33,18 @@ def main(
   topology: str = "v5e:4x4",
   json: bool = False,
   search: bool = False,
-) -> summary.Plan:
+  serve: bool = False,
+) -> summary.Plan | serving.Serving:
   """The plan command; `workdir` isn't used."""
   del workdir
   target = chips.parse(topology)
+  if serve and search:
+    raise ValueError("--search is for training; give --serve a topology")
+  if serve:
+    found = serving.make(config, target, *_meshes(config, target))
+    write = serving.as_json if json else serving.as_text
+    print(write(found), flush=True)
+    return found
   plan = find(config, target) if search else make(config, target)
   write = summary.as_json if json else summary.as_text
   print(write(plan), flush=True)
@@ -45,20 +53,7 @@ def main(
 
 def make(config: Any, topology: chips.Topology) -> summary.Plan:
   """Plan of a config's training step on a topology."""
-  if topology.is_gpu:
-    mesh = AbstractMesh(
-      (1,) * len(sharding.MESH_AXES),
-      sharding.MESH_AXES,
-      axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
-    )
-    return _plan(config, topology, mesh, mesh)
-  mesh = sharding.mesh(**config.mesh.to_dict(), devices=chips.devices(topology))
-  sharding.check_batch(mesh, config.batch_size, config.accumulate)
-  return _plan(config, topology, mesh, _without_platform(mesh))
-
-
-def _plan(config, topology, mesh, plain):
-  example = _example(config)
+  mesh, plain, example = _meshes(config, topology)
   jaxpr, batch = None, None
   # Once with attention as products, to count them; once for the chip.
   with jax.sharding.use_abstract_mesh(plain):
@@ -110,49 +105,29 @@ def _plan(config, topology, mesh, plain):
   )
 
 
+def _meshes(config, topology):
+  """Mesh of a topology, the same without its devices, spec of an example."""
+  if topology.is_gpu:
+    mesh = plain = AbstractMesh(
+      (1,) * len(sharding.MESH_AXES),
+      sharding.MESH_AXES,
+      axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
+    )
+  else:
+    mesh = sharding.mesh(
+      **config.mesh.to_dict(), devices=chips.devices(topology)
+    )
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    plain = _without_platform(mesh)
+  return mesh, plain, _example(config)
+
+
 def _compile(config, example, mesh):
   """Figures of the compiled step, and bytes that a device sends."""
   with jax.set_mesh(mesh):
     prepared = train.prepare(config, example, mesh)
-    began, cpu = time.perf_counter(), time.process_time()
     lowered = prepared.update.lower(prepared.state, _batch(prepared, mesh))
-    cached = jax.config.jax_enable_compilation_cache
-    # Nobody runs this program, and its seconds are to be those of compiling.
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      raise _too_large(error) from error
-    finally:
-      jax.config.update("jax_enable_compilation_cache", cached)
-  memory = compiled.memory_analysis()
-  found = hlo.collectives(compiled.as_text())
-  kinds: dict[str, tuple[int, float]] = {}
-  for (kind, _), (count, size) in hlo.by_kind(found).items():
-    before = kinds.get(kind, (0, 0.0))
-    kinds[kind] = before[0] + count, before[1] + size
-  measured = {
-    "compiled": True,
-    "peak": float(memory.peak_memory_in_bytes),
-    "collectives": kinds,
-    "compile_seconds": time.perf_counter() - began,
-    "compile_cpu_seconds": time.process_time() - cpu,
-    # Linux counts it in KiB.
-    "compile_memory": 1024.0
-    * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-  }
-  return measured, sum(one.wire for one in found)
-
-
-class TooLarge(ValueError):
-  """The step needs more memory than a chip has."""
-
-
-def _too_large(error):
-  text = str(error).splitlines()[0]
-  if "RESOURCE_EXHAUSTED" not in text:
-    return error
-  return TooLarge(f"does not fit: {text.partition('RESOURCE_EXHAUSTED: ')[2]}")
+    return compiled.measure(lowered)[:2]
 
 
 def find(config: Any, topology: chips.Topology) -> summary.Plan:
@@ -172,7 +147,7 @@ def find(config: Any, topology: chips.Topology) -> summary.Plan:
       continue
     try:
       plan = make(config, candidate)
-    except TooLarge as error:
+    except compiled.TooLarge as error:
       tried.append(f"{candidate.name}: {error}")
       continue
     if plan.fits:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for devices that needn't be here; what the program needs."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import jax
+
+from spatial_jax.plan import hlo
+
+
+class TooLarge(ValueError):
+  """A program needs more memory than a chip has."""
+
+
+def measure(lowered: Any) -> tuple[dict[str, Any], float, Any]:
+  """Figures of a program, the bytes that a device sends, and the program."""
+  began, cpu = time.perf_counter(), time.process_time()
+  cached = jax.config.jax_enable_compilation_cache
+  # Nobody runs this program, and its seconds are to be those of compiling.
+  jax.config.update("jax_enable_compilation_cache", False)
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise _too_large(error) from error
+  finally:
+    jax.config.update("jax_enable_compilation_cache", cached)
+  found = hlo.collectives(program.as_text())
+  kinds: dict[str, tuple[int, float]] = {}
+  for (kind, _), (count, size) in hlo.by_kind(found).items():
+    before = kinds.get(kind, (0, 0.0))
+    kinds[kind] = before[0] + count, before[1] + size
+  figures = {
+    "compiled": True,
+    "peak": float(program.memory_analysis().peak_memory_in_bytes),
+    "collectives": kinds,
+    "compile_seconds": time.perf_counter() - began,
+    "compile_cpu_seconds": time.process_time() - cpu,
+    # Linux counts it in KiB.
+    "compile_memory": 1024.0
+    * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+  }
+  return figures, sum(one.wire for one in found), program
+
+
+def _too_large(error):
+  text = str(error).splitlines()[0]
+  if "RESOURCE_EXHAUSTED" not in text:
+    return error
+  return TooLarge(f"does not fit: {text.partition('RESOURCE_EXHAUSTED: ')[2]}")
