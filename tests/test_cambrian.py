@@ -237,21 +237,6 @@ def test_a_query_sees_the_cells_below_it_and_no_others():
     np.testing.assert_array_equal(seen, want)
 
 
-def test_a_mesh_changes_no_number():
-  batch = stack(*(sample(x, seed=i) for i, x in enumerate((WIDE, None) * 2)))
-  want, _ = run(params(), batch)
-  mesh = sharding.mesh(fsdp=4, tensor=2)
-  with jax.set_mesh(mesh):
-    split = jax.device_put(batch, sharding.batch_sharding(mesh))
-    placed = jax.device_put(params(), sharding.parameters(params(), mesh))
-    got, _ = jit(
-      lambda p, x: build().apply({"params": p}, **cambrian.arguments(x))
-    )(placed, split)
-  between = placed["sva"]["between"]["attention"]["query"]["kernel"]
-  assert not between.sharding.is_fully_replicated
-  assert close(np.array(got), want)
-
-
 def test_cached_decoding_equals_the_whole_forward_pass():
   rows = [sample(WIDE, words=8), sample(TALL, at=3, words=10, seed=1)]
   batch = stack(*rows)
