@@ -10,6 +10,7 @@ Letters: B batch, T prompt length, V vocabulary.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
 
 
@@ -115,6 +117,8 @@ def generate(
 
   cache = model.init_cache(B, T + max_new_tokens)
   logits, cache = call(**batch, cache=cache, last=last)
+  if (sharding.platform() or jax.default_backend()) == "cpu":
+    params, cache = apart(params, cache)
   state = emit(
     {
       "cache": cache,
@@ -129,6 +133,24 @@ def generate(
   )
   state = jax.lax.while_loop(is_running, step, state)
   return state["tokens"], state["length"]
+
+
+def apart(params: Any, cache: Any) -> tuple[Any, Any]:
+  """Parameters and cache of a decoder by layer, without their stacks.
+
+  On CPU, XLA copies a layer out of its stack before it multiplies with it: a
+  token would move all weights three times.
+  """
+  if "llm" in params:
+    inner, cache = apart(params["llm"], cache)
+    return {**params, "llm": inner}, cache
+  layers = range(len(cache["key"]))
+
+  def take(stack):
+    return [jax.tree.map(operator.itemgetter(i), stack) for i in layers]
+
+  both = {name: take(cache[name]) for name in ("key", "value")}
+  return {**params, "blocks": take(params["blocks"])}, {**cache, **both}
 
 
 def sample(

@@ -50,7 +50,7 @@ def build(
     with lora.linear_layers() as layers:
       params = model.init({"params": key}, **mod.arguments(zeros))["params"]
     if config.init.match_query_key:
-      match = _module("models.llm").match_query_key
+      match = _module("models.llm_start").match_query_key
       params = match(params, *config.init.match_query_key)
     if auxiliary is not None:
       key = jax.random.fold_in(key, 1)

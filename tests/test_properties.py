@@ -10,7 +10,7 @@ import pytest
 
 from spatial_jax import losses
 from spatial_jax.data import positions
-from spatial_jax.models import llm
+from spatial_jax.models import llm, llm_start
 from spatial_jax.nn import attention as attentions
 
 LLM = {
@@ -186,7 +186,9 @@ def test_a_batch_without_labels_has_loss_zero():
 def test_matched_layers_start_with_equal_queries_and_keys():
   _, params = decoder()
   params = params["params"]
-  matched = llm.match_query_key({"llm": params}, 1, 1.5, head_dim=8)["llm"]
+  matched = llm_start.match_query_key({"llm": params}, 1, 1.5, head_dim=8)[
+    "llm"
+  ]
   old, new = (p["blocks"]["attention"] for p in (params, matched))
   key = np.asarray(old["key"]["kernel"]).reshape(2, 32, 2, 8)
   query = np.asarray(new["query"]["kernel"]).reshape(2, 32, 2, 2, 8)
