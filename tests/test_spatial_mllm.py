@@ -272,6 +272,14 @@ def test_cached_geometry_changes_nothing_and_needs_no_vggt():
     apply(without, rest, {**given, "geometry": tokens[:, :3]})
 
 
+def test_a_recipe_that_names_no_dtype_may_read_cached_tokens():
+  recipe = spatial_mllm_sft.get_config("world")
+  recipe.model.vggt = None
+  recipe.data.media.geometry = (4, 16, 64)
+  geometry = spatial_mllm.INPUTS(recipe)["geometry"]
+  assert geometry.shape == (16, 4, 16, 64) and geometry.dtype == jnp.float32
+
+
 def test_the_cache_command_writes_what_training_reads(tmp_path):
   rng = np.random.default_rng(0)
   (tmp_path / "a").mkdir()

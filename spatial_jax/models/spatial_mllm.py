@@ -340,5 +340,6 @@ def INPUTS(config) -> dict[str, jax.ShapeDtypeStruct]:
   # What is rendered isn't bytes.
   dtype = jnp.float32 if config.data.get("render") else jnp.uint8
   if media.get("geometry"):
-    inputs["geometry"] = array(config.model.dtype, *media.geometry)
+    floats = config.model.get("dtype", "float32")
+    inputs["geometry"] = array(floats, *media.geometry)
   return {**inputs, kind: array(dtype, *shape)}
