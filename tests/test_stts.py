@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from configs import stts_sft
 from spatial_jax import generate, hf, models, sharding, trees
+from spatial_jax import system as systems
 from spatial_jax.data import molmo2 as processing
 from spatial_jax.data import stts as data
 from spatial_jax.models import llm, molmo2, stts, stts_vit
@@ -437,3 +439,15 @@ def test_pruning_of_qwen_says_what_it_needs():
   rows = qwen_batch()
   with pytest.raises(ValueError, match="`after` from 0 to 2"):
     jax.eval_shape(lambda: model.init(jax.random.key(0), **rows))
+
+
+def test_the_tiny_model_goes_out_under_published_names(tmp_path):
+  recipe = stts_sft.get_config("test")
+  shapes, mod = systems.shapes(recipe)
+  params = jax.tree.map(
+    lambda x: np.random.default_rng(x.size).standard_normal(x.shape, "f"),
+    shapes,
+  )
+  hf.save(mod.KEYS, params, tmp_path)
+  again = hf.load(mod.KEYS, tmp_path, shapes)
+  jax.tree.map(np.testing.assert_array_equal, again, params)

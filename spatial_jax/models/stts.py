@@ -75,7 +75,7 @@ VARIANTS = {
     "llm": {
       **molmo2.VARIANTS["4b"]["llm"],
       "vocab": 128,
-      "new_vocab": 0,
+      "new_vocab": 8,
       "width": 48,
       "layers": 3,
       "heads": 4,
