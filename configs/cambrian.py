@@ -127,6 +127,7 @@ def _rooms(c: ConfigDict, variant: str) -> None:
   visual = frames * side * (side + 1)
   c.data.source = "spatial_jax.world.dataset"
   c.data.length = visual + 3 + chunk * chunks
+  c.model.loss_chunks = 9  # of 1395 tokens
   c.data.world = ConfigDict(
     {
       "seed": 0,
