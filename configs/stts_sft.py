@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = common.defaults()
   c.model_name = "stts"
   c.optimizer.lr_mult = LEARN
-  if arg.variant == "tiny":
+  if arg.variant == "tiny" or arg.test:
     _rooms(c, arg)
   else:
     _videos(c, arg)

@@ -25,7 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from spatial_jax.data import molmo2, scenes, spatial_mllm, stts, text, videos
+from spatial_jax.data import (
+  molmo2,
+  scenes,
+  sources,
+  spatial_mllm,
+  stts,
+  text,
+  videos,
+)
 
 Row = dict[str, np.ndarray]
 
@@ -162,12 +170,8 @@ class Videos:
 def make(config: Any, split: str) -> Videos:
   """Source of config.data: `files` by split, and `videos`."""
   data = config.data
-  if split not in data.files:
-    raise ValueError(
-      f"config.data.files has no {split!r}; it has {sorted(data.files)}"
-    )
   return Videos(
-    data.files[split],
+    sources.file_of(data, split),
     length=data.length,
     kept=data.kept,
     frames=data.frames,

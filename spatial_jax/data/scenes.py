@@ -161,12 +161,8 @@ class Scenes:
 def make(config: Any, split: str) -> Scenes:
   """Source of config.data: `files` by split, `scene` and `scenes`."""
   data = config.data
-  if split not in data.files:
-    raise ValueError(
-      f"config.data.files has no {split!r}; it has {sorted(data.files)}"
-    )
   return Scenes(
-    data.files[split],
+    sources.file_of(data, split),
     length=data.length,
     **data.scene.to_dict(),
     **data.scenes.to_dict(),

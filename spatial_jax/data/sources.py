@@ -146,15 +146,20 @@ class Conversations:
     }
 
 
-def make(config: Any, split: str) -> Conversations:
-  """Source of config.data: `files` by split, the rest are the arguments."""
-  data = config.data
+def file_of(data: Any, split: str) -> str:
+  """The file of a split in config.data; a ValueError names those there are."""
   if split not in data.files:
     raise ValueError(
       f"config.data.files has no {split!r}; it has {sorted(data.files)}"
     )
+  return data.files[split]
+
+
+def make(config: Any, split: str) -> Conversations:
+  """Source of config.data: `files` by split, the rest are the arguments."""
+  data = config.data
   return Conversations(
-    data.files[split],
+    file_of(data, split),
     length=data.length,
     layout=data.layout.to_dict(),
     vision=data.vision.to_dict(),

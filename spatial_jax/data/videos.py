@@ -182,12 +182,8 @@ class Videos:
 def make(config: Any, split: str) -> Videos:
   """Source of config.data: `files` by split, `media`, and `videos`."""
   data = config.data
-  if split not in data.files:
-    raise ValueError(
-      f"config.data.files has no {split!r}; it has {sorted(data.files)}"
-    )
   return Videos(
-    data.files[split],
+    sources.file_of(data, split),
     length=data.length,
     media=data.media.to_dict(),
     **data.videos.to_dict(),

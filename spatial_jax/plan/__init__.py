@@ -126,8 +126,8 @@ def _compile(config, example, mesh):
   """Figures of the compiled step, and bytes that a device sends."""
   with jax.set_mesh(mesh):
     prepared = train.prepare(config, example, mesh)
-    lowered = prepared.update.lower(prepared.state, _batch(prepared, mesh))
-    return compiled.measure(lowered)[:2]
+    batch = _batch(prepared, mesh)
+    return compiled.measure(prepared.update, prepared.state, batch)[:2]
 
 
 def find(config: Any, topology: chips.Topology) -> summary.Plan:

@@ -16,14 +16,22 @@ class TooLarge(ValueError):
   """A program needs more memory than a chip has."""
 
 
-def measure(lowered: Any) -> tuple[dict[str, Any], float, Any]:
-  """Figures of a program, the bytes that a device sends, and the program."""
+def measure(
+  function: Any, *arguments: Any
+) -> tuple[dict[str, Any], float, Any]:
+  """Figures of a jitted function, the bytes that a device sends, the program.
+
+  Seconds are those of tracing and compiling.
+
+  Raises:
+    TooLarge: it needs more memory than a chip has.
+  """
   began, cpu = time.perf_counter(), time.process_time()
   cached = jax.config.jax_enable_compilation_cache
   # Nobody runs this program, and its seconds are to be those of compiling.
   jax.config.update("jax_enable_compilation_cache", False)
   try:
-    program = lowered.compile()
+    program = function.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
     raise _too_large(error) from error
   finally:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from spatial_jax import sharding
 from spatial_jax import system as systems
-from spatial_jax.plan import chips, compiled, cost
+from spatial_jax.plan import chips, compiled, cost, summary
 
 
 @dataclasses.dataclass
@@ -56,7 +56,9 @@ class Serving:
 
   @property
   def fits(self) -> bool:
-    return all(p.peak <= 0.9 * self.hbm for p in self.phases.values())
+    return all(
+      p.peak <= (1 - summary.SPARE) * self.hbm for p in self.phases.values()
+    )
 
   @property
   def tokens_per_second(self) -> float:
@@ -106,33 +108,31 @@ def make(
     given = arguments(plain, None)
     cache = jax.eval_shape(calls["prefill"], *given["prefill"])[1]
     given = arguments(plain, cache)
-    flops = {
-      name: cost.flops(cost.trace(call, *given[name]), chip.matrix)
-      for name, call in calls.items()
-    }
-    upper = {
-      name: cost.peak(cost.trace(call, *given[name]))
-      for name, call in calls.items()
+    traced = {
+      name: cost.trace(call, *given[name]) for name, call in calls.items()
     }
     held = cost.shard_bytes(given["prefill"][0])
   phases, kept = {}, cost.shard_bytes(cache)
   for name, call in calls.items():
-    measured = {"compiled": False, "peak": upper[name], "collectives": {}}
+    flops = cost.flops(traced[name], chip.matrix)
     wire = 0.0
-    if not topology.is_gpu:
+    if topology.is_gpu:
+      peak = cost.peak(traced[name])
+      measured = {"compiled": False, "peak": peak, "collectives": {}}
+    else:
       with jax.set_mesh(mesh):
-        lowered = call.lower(*arguments(mesh, cache)[name])
-        measured, wire, program = compiled.measure(lowered)
+        given = arguments(mesh, cache)[name]
+        measured, wire, program = compiled.measure(call, *given)
       if name == "prefill":
         cache = _placed(cache, program.output_shardings[1])
         kept = cost.shard_bytes(cache)
     moved = sum(size for _, size in measured["collectives"].values())
-    padded = flops[name].padded / topology.count
+    padded = flops.padded / topology.count
     phases[name] = Phase(
       compiled=measured["compiled"],
       peak=measured["peak"],
       cache=kept,
-      flops=flops[name].program / topology.count,
+      flops=flops.program / topology.count,
       padded_flops=padded,
       collectives=measured["collectives"],
       floors={

@@ -9,7 +9,7 @@ import json
 from spatial_jax.plan import chips
 
 # Of the memory, what a program should leave free.
-_SPARE = 0.1
+SPARE = 0.1
 # How far compiled collectives may be from the formula before the plan says so.
 _TOLERANCE = 0.02
 
@@ -42,7 +42,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    return self.peak <= (1 - _SPARE) * self.hbm
+    return self.peak <= (1 - SPARE) * self.hbm
 
   @property
   def seconds(self) -> float:
@@ -79,9 +79,9 @@ def as_text(plan: Plan) -> str:
   def gib(size):
     return f"{size / chips.GIB:.2f}"
 
-  room = (1 - _SPARE) * plan.hbm - plan.peak
+  room = (1 - SPARE) * plan.hbm - plan.peak
   held = plan.parameters + plan.optimizer + plan.batch
-  surely = plan.compiled or held > (1 - _SPARE) * plan.hbm
+  surely = plan.compiled or held > (1 - SPARE) * plan.hbm
   verdict = "does NOT fit" if surely else "may not fit"
   verdict = "fits" if plan.fits else verdict
   mesh = ", ".join(f"{k} {v}" for k, v in plan.mesh.items()) or "one device"
@@ -89,7 +89,7 @@ def as_text(plan: Plan) -> str:
     f"{plan.config} on {plan.topology} ({mesh}), batch {plan.batch_size}",
     f"{verdict}: {gib(plan.peak)} of {gib(plan.hbm)} GiB a device, "
     f"{gib(abs(room))} {'left' if room >= 0 else 'too much'} "
-    f"({_SPARE:.0%} spared)",
+    f"({SPARE:.0%} spared)",
     f"  parameters {gib(plan.parameters)}, optimizer {gib(plan.optimizer)}, "
     f"batch {gib(plan.batch)}, activations {gib(plan.activations)} GiB",
   ]
