@@ -343,10 +343,8 @@ def make(config: Any, split: str) -> Dialogues:
   order: the side of its images, and of the grid that the aggregator sees.
   """
   data = config.data
-  if split not in data.files:
-    raise ValueError(
-      f"config.data.files has no {split!r}; it has {sorted(data.files)}"
-    )
   return Dialogues(
-    data.files[split], length=data.length, **data.dialogues.to_dict()
+    sources.file_of(data, split),
+    length=data.length,
+    **data.dialogues.to_dict(),
   )
