@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
 
 Metrics = dict[str, Array]
@@ -53,18 +55,28 @@ def next_token_chunked(
       "set model.loss_chunks to a divisor"
     )
 
-  @jax.checkpoint
-  def chunk(_, inputs):
-    hidden, labels = inputs
-    logits = hidden.reshape(-1, D) @ kernel.astype(hidden.dtype)
-    return None, token_losses(logits.reshape(*labels.shape, -1), labels)
+  def run(hidden, table, labels):
+    @jax.checkpoint
+    def chunk(_, inputs):
+      hidden, labels = inputs
+      logits = hidden.reshape(-1, D) @ table.astype(hidden.dtype).T
+      return None, token_losses(logits.reshape(*labels.shape, -1), labels)
 
-  def split(x):
-    return jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
+    def split(x):
+      x = x.reshape(-1, chunks, T // chunks, *x.shape[2:])
+      return jnp.moveaxis(x, 1, 0)
 
-  _, parts = jax.lax.scan(chunk, None, (split(hidden), split(labels)))
-  joined = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in parts)
-  return _reduce(*joined, weight)
+    _, parts = jax.lax.scan(chunk, None, (split(hidden), split(labels)))
+    return tuple(jnp.moveaxis(part, 0, 1).reshape(-1, T) for part in parts)
+
+  # The compiler would sum the kernel's gradient over devices in every chunk. As
+  # a table of words lies, so that it can add that of a tied one before.
+  rows = sharding.rows_alone(B)
+  if rows:
+    run = jax.shard_map(
+      run, in_specs=(rows, P(), rows), out_specs=(rows, rows), check_vma=False
+    )
+  return _reduce(*run(hidden, kernel.T, labels), weight)
 
 
 def _reduce(cross_entropy, correct, weight):

@@ -160,6 +160,18 @@ def spec(axes: Sequence[str], shape: Sequence[int]) -> P:
   return _spec(axes, shape, {} if current.empty else current.shape)[0]
 
 
+def rows_alone(rows: int) -> P | None:
+  """Spec of a batch if its rows are all that the mesh splits; or None."""
+  current = jax.sharding.get_abstract_mesh()
+  if current.empty or AxisType.Manual in current.axis_types:
+    return None
+  split = [name for name, size in current.shape.items() if size > 1]
+  ways = math.prod(current.shape[name] for name in split)
+  if not split or set(split) - set(RULES["batch"]) or rows % ways:
+    return None
+  return P(tuple(name for name in RULES["batch"] if name in split))
+
+
 def platform() -> str:
   """What the devices of the mesh in force are: "tpu", "cpu" ...; "" if none.
 

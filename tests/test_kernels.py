@@ -25,7 +25,8 @@ def packed(T):
   return attention.packed_mask(segments, segments, shared)
 
 
-def test_splash_equals_plain_attention():
+def test_splash_equals_plain_attention(monkeypatch):
+  monkeypatch.setattr(kernels, "_MASKED_BLOCK", 128)  # two blocks of rows
   # A head size of a tower, rows that don't fill a block, grouped heads; keys
   # of one row are all hidden.
   T, S = 200, 130

@@ -11,13 +11,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import qwen2_5_vl_sft, vggt_world
-from spatial_jax import models, plan, sharding
+from spatial_jax import losses, models, plan, sharding
 from spatial_jax.models import llm
-from spatial_jax.nn import attention
+from spatial_jax.nn import attention, layers
 from spatial_jax.plan import chips, cost, hlo
 
 # What libtpu prints, cut: a loop of 36 trips with a gather that is shown twice,
-# a reduction of two arrays, a fusion that keeps its part of a sum.
+# a reduction of two arrays, a fusion that keeps its part of a sum, a product
+# whose parts go around a ring of 16 both ways, two steps a trip, and a gather
+# that the loop of this ring hides.
 TPU_TEXT = """
 %body (p: s32[]) -> s32[] {
   %all-gather.1 = bf16[64,32]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=16] {'b'}, frontend_attributes={chain_id="9"}
@@ -36,9 +38,40 @@ TPU_TEXT = """
   %all-reduce.4 = f32[32]{0} all-reduce(%p), replica_groups=[2,16]<=[32], to_apply=%add
 }
 
+%windowed_dot_general_body_rs.4 (q: (f32[2], u32[])) -> (f32[2], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %nine = u32[]{:T(128)} constant(9)
+  %q = (f32[2]{0}, u32[]) parameter(0)
+  %trip = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %other = u32[]{:T(128)} add(%trip, %nine)
+  %collective-permute-start.1 = (bf16[16,2]{1,0}, bf16[16,2]{1,0}, u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,8},{8,9},{9,10},{10,11},{11,12},{12,13},{13,14},{14,15},{15,0}}
+  %collective-permute-start.2 = (bf16[16,2]{1,0}, bf16[16,2]{1,0}, u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{1,0},{2,1},{3,2},{4,3},{5,4},{6,5},{7,6},{8,7},{9,8},{10,9},{11,10},{12,11},{13,12},{14,13},{15,14},{0,15}}
+  %h = bf16[8,2]{1,0} fusion(%q), kind=kCustom, calls=%async_collective_fusion.7
+  %next = u32[]{:T(128)} add(%trip, %two)
+  ROOT %tuple.1 = (f32[2]{0}, /*index=1*/u32[]) tuple(%r, %next)
+}
+
+%windowed_dot_general_cond_rs.4 (q: (f32[2], u32[])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %q = (f32[2]{0}, u32[]) parameter(0)
+  %trip.1 = u32[]{:T(128)} get-tuple-element(%q), index=1
+  ROOT %less = pred[] compare(%trip.1, %eight), direction=LT
+}
+
+%async_collective_fusion.7 (p: s32[]) -> s32[] {
+  %all-gather.8 = bf16[8,2]{1,0} all-gather(%p), replica_groups=[2,16]<=[32], frontend_attributes={chain_id="12"}
+}
+
+%fused_computation.9 (p: s32[]) -> s32[] {
+  %all-gather.9 = bf16[8,2]{1,0:T(8)} all-gather(%p), replica_groups=[2,16]<=[32], frontend_attributes={chain_id="12"}
+}
+
 ENTRY %main (p: s32[]) -> s32[] {
+  %while.2 = (f32[2]{0}, u32[]) while(%p), condition=%windowed_dot_general_cond_rs.4, body=%windowed_dot_general_body_rs.4
+  %fusion.9 = bf16[8,2]{1,0} fusion(%p), kind=kCustom, calls=%fused_computation.9
   %while.1 = s32[] while(%p), condition=%condition, body=%body
   %all-reduce.7 = (f32[8]{0}, f32[4]{0}) all-reduce(%p, %p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %all-gather.9 = f32[3]{0} all-gather(%p), replica_groups=mesh['c'=4,'d'=1,'e'=2], device_ids=([2,4]T(1,0)) {'c'}, dimensions={0}
   %fusion.2 = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3
 }
 """  # noqa: E501
@@ -46,12 +79,13 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def test_collectives_of_a_tpu_program():
   assert hlo.by_kind(hlo.collectives(TPU_TEXT)) == {
-    ("all-gather", 16): (36, 36 * 64 * 32 * 2),
+    ("all-gather", 16): (37, 36 * 64 * 32 * 2 + 8 * 2 * 2),
+    ("all-gather", 4): (1, 12),
     ("all-reduce", 2): (1, 48),
-    ("reduce-scatter", 16): (1, 128),
+    ("reduce-scatter", 16): (1 + 2 * 4, 128 + 2 * 4 * 16 * 2 * 2),
   }
-  wire = {one.kind: one.wire for one in hlo.collectives(TPU_TEXT)}
-  assert wire["all-reduce"] == 48 and wire["reduce-scatter"] == 120
+  wire = {(one.kind, one.count): one.wire for one in hlo.collectives(TPU_TEXT)}
+  assert wire["all-reduce", 1] == 48 and wire["reduce-scatter", 1] == 120
 
 
 def stack(x, weights, remat):
@@ -61,6 +95,39 @@ def stack(x, weights, remat):
 
   layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
   return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+
+def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
+  mesh = sharding.mesh(data=2, fsdp=4)
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(24, 16)).astype(np.float32)
+  # Many more tokens than words: moving their gradients would show.
+  ids, labels = rng.integers(0, 24, (2, 8, 48)).astype(np.int32)
+  weight = rng.random((8, 48)).astype(np.float32)
+
+  def loss(table, ids, labels, weight, chunks=0):
+    table = sharding.whole(table, "embed/embedding")
+    hidden = jnp.tanh(3 * layers.lookup(table, ids))
+    if not chunks:
+      return losses.next_token(hidden @ table.T, labels, weight)[0]
+    made = losses.next_token_chunked(hidden, table.T, labels, weight, chunks)
+    return made[0]
+
+  want = jax.grad(loss)(table, ids, labels, weight)
+  with jax.set_mesh(mesh):
+    place, rows = NamedSharding(mesh, P("fsdp")), sharding.batch_sharding(mesh)
+    run = jax.jit(jax.grad(loss), static_argnums=4, out_shardings=place)
+    batch = jax.device_put((ids, labels, weight), rows)
+    arguments = jax.device_put(table, place), *batch
+    for chunks in (3, 6):
+      compiled = run.lower(*arguments, chunks).compile()
+      got = compiled(*arguments)
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+      found = hlo.by_kind(hlo.collectives(compiled.as_text()))
+      moved = {kind: size for (kind, _), (_, size) in found.items()}
+      assert moved.pop("all-gather") == table.nbytes
+      # Of the lookup and of the head, which chips add before; and of numbers.
+      assert sum(moved.values()) <= 2 * table.nbytes + 64
 
 
 def test_formula_and_compiled_program_gather_the_same():

@@ -450,8 +450,15 @@ def _append(cache, segments, shared, mutual):
   }
 
 
-def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
-  """Block that recomputes its activations in the backward pass."""
+def remat(
+  block: type[nn.Module], policy: str, *, scanned: bool = True
+) -> type[nn.Module]:
+  """Block that recomputes its activations in the backward pass.
+
+  Args:
+    scanned: it runs in a scan, which already prevents that what is computed
+      twice is found to be the same.
+  """
   if policy == "none":
     return block
   known = None
@@ -462,8 +469,7 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
         f"remat={policy!r} is unknown; use 'none', 'full' or a name in "
         "jax.checkpoint_policies such as 'dots_with_no_batch_dims_saveable'"
       )
-  # The scan around it already prevents common subexpression elimination.
-  return nn.remat(block, prevent_cse=False, policy=known)
+  return nn.remat(block, prevent_cse=not scanned, policy=known)
 
 
 def place(

@@ -99,11 +99,14 @@ class Connector(nn.Module):
   stages: tuple[str, ...]
   out_width: int
   dtype: str = "float32"
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x: Float[Array, "B M J"]) -> Float[Array, "B M D"]:
+    # As wide as they are, activations of three videos take 2.3 GiB.
+    stage = llm.remat(Stage, self.remat, scanned=False)
     for name in self.stages:
-      x = Stage(self.out_width, self.dtype, name=name)(x)
+      x = stage(self.out_width, self.dtype, name=name)(x)
     return x
 
 
@@ -185,7 +188,7 @@ class Model(nn.Module):
     self._vit = qwen_vit.Model(**{**shared, **self.vit}, name="vit")
     self._llm = self._decoder(name="llm")
     self._connector = Connector(
-      tuple(self.stages), self.llm["width"], self.dtype, name="connector"
+      tuple(self.stages), self.llm["width"], **shared, name="connector"
     )
     if self.vggt is not None:
       depth = self.vggt.get("depth", vggt.Aggregator.depth)

@@ -440,7 +440,7 @@ class Model(nn.Module):
   def _dense(self, kept, read, shape, name, *, features=0, **kwargs):
     """Maps [B F y x C] of a DPT head, a chunk of frames at a time."""
     h, w = shape[2] // self.patch, shape[3] // self.patch
-    dpt = remat(Dpt, self.remat)(
+    dpt = remat(Dpt, self.remat, scanned=self.frame_chunk < shape[1])(
       features or self.dpt_features,
       self.dpt_channels,
       patch=self.patch,

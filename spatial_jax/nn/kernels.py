@@ -28,6 +28,8 @@ LANES = 128
 # Rows and columns of the scores that a TPU core holds at once. One block of
 # keys may be longer: two short ones would be padded by more.
 _BLOCK, _ONE_BLOCK = 1024, 1664
+# Rows where each block of the mask is read, too, as int32: two of them at once.
+_MASKED_BLOCK = 512
 
 
 def splash(
@@ -154,7 +156,8 @@ class _Keys(splash_attention.splash_attention_mask.Mask):
 def _splash(query, key, value, mask, interpret):
   B, T, N, H = query.shape
   S = key.shape[1]
-  block_q, rows = blocks(T)
+  is_dynamic = mask is not None and (mask.shape[1] > 1 or T == 1)
+  block_q, rows = blocks(T, _MASKED_BLOCK if is_dynamic else _BLOCK)
   block_k, columns = blocks(S, S if S <= _ONE_BLOCK else _BLOCK)
   query = (query.astype(jnp.float32) * H**-0.5).astype(key.dtype)
 
@@ -201,7 +204,7 @@ def _splash(query, key, value, mask, interpret):
   seen = None
   if mask is None:
     out = jax.vmap(static(S))(*arrays)
-  elif mask.shape[1] == 1 and T > 1:  # of keys alone
+  elif not is_dynamic:  # of keys alone
     mask, seen = _see_something(mask)
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, columns - S)])[:, 0]
     ids = jnp.broadcast_to(mask.astype(jnp.int32), (B, columns))

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
@@ -264,6 +265,28 @@ def lookup(
 ) -> Float[Array, "*b D"]:
   """Rows of a table."""
   if not one_hot:
-    return jnp.take(table, ids, axis=0)
+    return _take(table, ids)
   hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=table.dtype)
   return (hot @ table).reshape(*ids.shape, table.shape[1])
+
+
+def _take(table, ids):
+  rows = sharding.rows_alone(ids.shape[0]) if ids.ndim > 1 else None
+  if not rows:
+    return jnp.take(table, ids, axis=0)
+
+  # Left to itself, the compiler gathers the gradients of all rows everywhere.
+  @jax.custom_vjp
+  def take(table, ids):
+    return jnp.take(table, ids, axis=0)
+
+  def backward(ids, gradient):
+    def own(ids, gradient):
+      zeros = jnp.zeros(table.shape, table.dtype)
+      return jax.lax.psum(zeros.at[ids].add(gradient), rows[0])
+
+    add = jax.shard_map(own, in_specs=(rows, rows), out_specs=P())
+    return add(ids, gradient), None
+
+  take.defvjp(lambda table, ids: (take(table, ids), ids), backward)
+  return take(table, ids)

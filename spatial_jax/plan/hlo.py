@@ -51,7 +51,7 @@ def collectives(text: str) -> list[Collective]:
   """All collectives of `compiled.as_text()` that cross devices."""
   computations, entry = _computations(text)
   times = _times(computations, entry)
-  found: dict[tuple, tuple[int, Collective]] = {}
+  found: dict[tuple, tuple[tuple, Collective]] = {}
   for name, lines in computations.items():
     for line in lines if times[name] else ():
       if not (match := _COLLECTIVE.search(line)):
@@ -60,16 +60,22 @@ def collectives(text: str) -> list[Collective]:
       size, ways = _size(shape, kind, bool(started)), _ways(line)
       if "all-reduce-scatter" in name and kind == "all-reduce":
         kind = "reduce-scatter"  # a fusion that keeps its own part
+      elif ring := re.search(r"windowed_dot_general_body_(ag|rs)", name):
+        # Parts go around while they are multiplied: all of them, the whole.
+        kind = "all-gather" if ring[1] == "ag" else "reduce-scatter"
       elif kind == "reduce-scatter":
         size *= ways
       if ways < 2:
         continue
       chain = re.search(r'chain_id="(\d+)"', line)
-      key = (chain[1], kind, shape) if chain else (own,)
+      # Steps of one in between may be spread over a loop that hides them.
+      is_between = name.startswith("async_collective_fusion")
+      key = (chain[1], kind, shape.partition("{")[0]) if chain else (own,)
       one = Collective(kind, ways, times[name], size)
-      if key not in found or found[key].count < one.count:
-        found[key] = one
-  return list(found.values())
+      rank = not (chain and is_between), one.count
+      if key not in found or found[key][0] < rank:
+        found[key] = rank, one
+  return [one for _, one in found.values()]
 
 
 def by_kind(
@@ -117,16 +123,40 @@ def _times(computations, entry):
 
 
 def _trips(line, computations):
-  """Trips of a loop: the number that its condition compares with."""
+  """Trips of a loop that counts from 0 to a number in its condition."""
   if known := re.search(r"known_trip_count[^\d]*(\d+)", line):
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
-  numbers = [
-    int(n)
-    for inner in computations.get(condition, ())
-    for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", inner)
-  ]
-  return max(numbers, default=1)
+  condition, body = (
+    computations.get(re.search(rf"{part}=%?([\w.\-]+)", line)[1], ())
+    for part in ("condition", "body")
+  )
+  last = max(_constants(condition).values(), default=1)
+  return max(last // _step(condition, body), 1)
+
+
+def _constants(lines):
+  """Integers of a computation by the names of their instructions."""
+  found = (
+    re.search(r"%?([\w.\-]+) = [su]32\[\][^=]*? constant\((\d+)\)", line)
+    for line in lines
+  )
+  return {match[1]: int(match[2]) for match in found if match}
+
+
+def _step(condition, body):
+  """What a loop adds to its counter: more than 1 where it was unrolled."""
+  get = re.compile(r"get-tuple-element\(.*?index=(\d+)")
+  counter = next(filter(None, map(get.search, condition)), None)
+  root = "".join(line for line in body if "ROOT" in line)
+  results = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2])
+  if not counter or int(counter[1]) >= len(results):
+    return 1
+  own = re.compile(
+    rf"%{re.escape(results[int(counter[1])])} = .*? add\(%[\w.\-]+, "
+    r"%([\w.\-]+)\)"
+  )
+  added = next((m[1] for m in map(own.search, body) if m), None)
+  return _constants(body).get(added) or 1
 
 
 def _size(shape, kind, started):
@@ -146,7 +176,7 @@ def _ways(line):
   if "source_target_pairs" in line:
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     return pairs[1].count("{") if pairs else 2
-  if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+  if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*? \{('.*?)\}", line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
     return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", mesh[2]))
   if tiles := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):

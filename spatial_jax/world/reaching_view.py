@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from spatial_jax.types import Batch
 from spatial_jax.world import observe
@@ -19,11 +20,11 @@ def make(config) -> Callable[[Batch], Batch]:
   """
   see = observe.make(config)
   statistics = [
-    tuple(jnp.array(x).reshape(1, 1, 1, 1, 3) for x in pair)
+    tuple(np.float32(x).reshape(1, 1, 1, 1, 3) for x in pair)
     for pair in config.data.render.statistics
   ]
   seen = tuple(
-    jnp.array(x).reshape(1, 1, 1, 1, 3) for x in (observe.MEAN, observe.STD)
+    np.float32(x).reshape(1, 1, 1, 1, 3) for x in (observe.MEAN, observe.STD)
   )
 
   def view(batch: Batch) -> Batch:
