@@ -130,8 +130,9 @@ def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
       assert sum(moved.values()) <= 2 * table.nbytes + 64
 
 
-def test_formula_and_compiled_program_gather_the_same():
-  mesh = sharding.mesh(fsdp=8)
+@pytest.mark.parametrize("data, fsdp", [(1, 8), (2, 4)])
+def test_formula_and_compiled_program_gather_the_same(data, fsdp):
+  mesh = sharding.mesh(data=data, fsdp=fsdp)
   with jax.set_mesh(mesh):
     x = jax.ShapeDtypeStruct(
       (16, 64), jnp.float32, sharding=sharding.batch_sharding(mesh)
@@ -143,14 +144,16 @@ def test_formula_and_compiled_program_gather_the_same():
     predicted = cost.gathers(cost.trace(step, weights, x))
     compiled = step.lower(weights, x).compile()
   matrix = 64 * 64 * 4
+  summed = sum(predicted.values()) - predicted["all-gather"]
+  assert predicted.pop("all-reduce", 0) == (data > 1) * 3 * matrix / fsdp
   assert predicted == {
     "all-gather": 2 * 3 * matrix, "reduce-scatter": 3 * matrix
   }  # fmt: skip
   kinds = hlo.by_kind(hlo.collectives(compiled.as_text()))
-  assert kinds["all-gather", 8] == (6, predicted["all-gather"])
+  assert kinds["all-gather", fsdp] == (6, predicted["all-gather"])
   # Without a TPU's fusions a sum that is cut up is an all-reduce.
   sums = sum(size for (kind, _), (_, size) in kinds.items() if "reduce" in kind)
-  assert sums == pytest.approx(predicted["reduce-scatter"], rel=0.01)
+  assert sums == pytest.approx(summed, rel=0.01)
 
 
 def test_flops_leave_out_what_is_computed_again():

@@ -95,6 +95,10 @@ def gathers(jaxpr: Any) -> Counter:
       found["all-gather"] += size
     elif sharding.REDUCE in names:
       found["reduce-scatter"] += size
+      placed = eqn.params["sharding"]
+      if placed.mesh.shape["data"] > 1:  # then of parts, over the data axis
+        part = math.prod(placed.shard_shape(out.shape)) / out.size
+        found["all-reduce"] += part * size
   return found
 
 
