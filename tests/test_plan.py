@@ -19,11 +19,22 @@ from spatial_jax.plan import chips, cost, hlo
 # What libtpu prints, cut: a loop of 36 trips with a gather that is shown twice,
 # a reduction of two arrays, a fusion that keeps its part of a sum, a product
 # whose parts go around a ring of 16 both ways, two steps a trip, and a gather
-# that the loop of this ring hides.
+# that the loop of this ring hides, branches that 9 of 36 layers take, and none.
 TPU_TEXT = """
 %body (p: s32[]) -> s32[] {
   %all-gather.1 = bf16[64,32]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=16] {'b'}, frontend_attributes={chain_id="9"}
   %f = bf16[64,32]{1,0} fusion(%p), kind=kCustom, calls=%async.done
+  %conditional.1 = f32[5]{0} conditional(%p, %p, %p), true_computation=%often, false_computation=%never
+  %conditional.2 = f32[5]{0} conditional(%p, %p, %p), branch_computations={%never, %often}
+}
+
+%often (p: s32[]) -> s32[] {
+  %all-gather.20 = f32[5]{0} all-gather(%p), replica_groups={{0,1,2}}, metadata={op_name="jit(f)/taken_1_of_1/cond/branch_1_fun/taken_9_of_36/up"}
+}
+
+%never (p: s32[]) -> s32[] {
+  %all-gather.21 = f32[5]{0} all-gather(%p), replica_groups={{0,1,2}}
+  %g = f32[5]{0} add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/taken_0_of_1/up"}
 }
 
 %async.done (p: s32[]) -> s32[] {
@@ -80,6 +91,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 def test_collectives_of_a_tpu_program():
   assert hlo.by_kind(hlo.collectives(TPU_TEXT)) == {
     ("all-gather", 16): (37, 36 * 64 * 32 * 2 + 8 * 2 * 2),
+    ("all-gather", 3): (18, 18 * 20),
     ("all-gather", 4): (1, 12),
     ("all-reduce", 2): (1, 48),
     ("reduce-scatter", 16): (1 + 2 * 4, 128 + 2 * 4 * 16 * 2 * 2),

@@ -30,6 +30,7 @@ from spatial_jax.data import molmo2 as processing
 from spatial_jax.models import llm, molmo2_vit, vit
 from spatial_jax.nn import packing as packing_lib
 from spatial_jax.nn import pruning, scorer
+from spatial_jax.nn.attention import share
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -155,7 +156,9 @@ class Tower(nn.Module):
     if self.remat == "none":
       products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       few = jax.checkpoint(few, policy=products)
-    return jax.lax.cond(fits, few, jax.checkpoint(lambda: run(F)))
+    few = share(few, 1, 1)
+    rest = share(jax.checkpoint(lambda: run(F)), 0, 1)
+    return jax.lax.cond(fits, few, rest)
 
 
 class Model(nn.Module):

@@ -32,7 +32,7 @@ import numpy as np
 from flax import linen as nn
 
 from spatial_jax.models.llm import remat
-from spatial_jax.nn.attention import attention
+from spatial_jax.nn.attention import attention, share
 from spatial_jax.nn.layers import Dense, Embed, LayerNorm, activation
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float, Int
@@ -384,6 +384,8 @@ class Aggregator(nn.Module):
       new = new.reshape(-1, self.side, self.side, x.shape[-1])
       new = jnp.concatenate([new, grid[:, :, -1:]], axis=2).reshape(old.shape)
       return _write(x, new, start, some)
+
+    update = share(update, int(on.sum()), blocks)
 
     def act(on, params, x):
       return jax.lax.cond(on, update, lambda params, x: x, params, x)

@@ -13,6 +13,8 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
+from spatial_jax.nn import attention
+
 _BYTES = {
   "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
   "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -22,10 +24,10 @@ _COLLECTIVE = re.compile(
   r"%?([\w.\-]+) = (\(?.*?\)?) (all-gather|all-reduce|reduce-scatter|"
   r"all-to-all|ragged-all-to-all|collective-permute)(-start)?\("
 )
-_CALLED = re.compile(
-  r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+_CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+  r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -71,7 +73,7 @@ def collectives(text: str) -> list[Collective]:
       # Steps of one in between may be spread over a loop that hides them.
       is_between = name.startswith("async_collective_fusion")
       key = (chain[1], kind, shape.partition("{")[0]) if chain else (own,)
-      one = Collective(kind, ways, times[name], size)
+      one = Collective(kind, ways, round(times[name]), size)
       rank = not (chain and is_between), one.count
       if key not in found or found[key][0] < rank:
         found[key] = rank, one
@@ -108,9 +110,10 @@ def _times(computations, entry):
     for line in lines:
       trips = _trips(line, computations) if " while(" in line else 1
       inner = _CALLED.findall(line)
-      for branches in _BRANCHES.findall(line):
-        inner += [b.strip().lstrip("%") for b in branches.split(",")]
       calls[name] += [(i, trips) for i in inner if i in computations]
+      branches = " ".join(map(" ".join, _BRANCHES.findall(line)))
+      for branch in re.findall(r"[\w.\-]+", branches):
+        calls[name].append((branch, _share(computations[branch])))
   times = defaultdict(int)
 
   def walk(name, count):
@@ -120,6 +123,15 @@ def _times(computations, entry):
 
   walk(entry, 1)
   return times
+
+
+def _share(branch):
+  """How often of all times a branch is taken, as `attention.share` says."""
+  named = next(filter(None, map(attention.SHARE.findall, branch)), None)
+  if not named:
+    return 1
+  taken, of = named[-1]  # the innermost
+  return int(taken) / int(of)
 
 
 def _trips(line, computations):
