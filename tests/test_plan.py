@@ -109,6 +109,39 @@ def stack(x, weights, remat):
   return jnp.sum(jax.lax.scan(layer, x, weights)[0])
 
 
+def test_a_decoding_step_moves_no_slots_of_the_cache():
+  # More devices than key heads, of which each device has a part.
+  mesh = sharding.mesh(fsdp=1, tensor=4, devices=jax.devices()[:4])
+  model = llm.Model(
+    vocab=24,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp=32,
+    sections=(1, 1, 2),
+  )
+  new = {
+    "tokens": jnp.zeros((1, 1), jnp.int32),
+    "positions": jnp.zeros((1, 3, 1), jnp.int32),
+    "segments": jnp.ones((1, 1), jnp.int32),
+  }
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **new))
+
+  def step(params, cache):
+    return model.apply(params, **new, cache=cache)[1]["cache"]
+
+  with jax.set_mesh(mesh):
+    cache = jax.jit(lambda: model.init_cache(1, 256))()
+    placed = sharding.parameters(shapes["params"], mesh)
+    params = jax.tree.map(
+      lambda x, s: x.update(sharding=s), shapes["params"], placed
+    )
+    program = jax.jit(step).lower({"params": params}, cache).compile()
+  found = hlo.collectives(program.as_text())
+  assert found and max(one.bytes for one in found) < cache["key"].nbytes / 32
+
+
 def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
   mesh = sharding.mesh(data=2, fsdp=4)
   rng = np.random.default_rng(0)

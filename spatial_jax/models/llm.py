@@ -196,10 +196,14 @@ class Block(nn.Module):
 
   def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
-      # Every row writes the same slots; `segments` tells which are padding.
+      # Every row writes the same slots; `segments` tells which are padding. Few
+      # heads are whole on every device: else a step would gather all slots.
       key, value = cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(
-          old, new.astype(old.dtype), index, axis=1
+        sharding.constrain(
+          jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), index, axis=1
+          ),
+          "batch length act_heads head_dim",
         )
         for old, new in zip(cache, (key, value), strict=True)
       )

@@ -103,7 +103,7 @@ class Connector(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B M J"]) -> Float[Array, "B M D"]:
-    # As wide as they are, activations of three videos take 2.3 GiB.
+    # Kept for the backward pass, those of three videos would take 2.3 GiB.
     stage = llm.remat(Stage, self.remat, scanned=False)
     for name in self.stages:
       x = stage(self.out_width, self.dtype, name=name)(x)
