@@ -19,7 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import what stands in an earlier row, and itself.
 ORDER = (
   ("types", "trees", "hosts"),
-  ("sharding", "losses", "geometry"),
+  ("sharding", "geometry"),
+  ("losses",),  # of rows that lie on several devices
   ("optim", "checkpoint", "data", "metrics"),  # these know no model
   ("nn", "world"),
   ("hf_arrays", "hf_flax", "hf_hub"),
