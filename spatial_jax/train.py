@@ -108,7 +108,8 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     writer.say(f"{writer.repeated} steps after the checkpoint are done again")
   meta = {"config": config.to_json_best_effort()}
   last: dict[str, float] = {}
-  pending, step, interrupted = None, start, False
+  pending, step = None, start
+  interrupted = _told_before(saves, start)
   goodput.lose("start", time.perf_counter() - goodput.began)
   logs = _Logs(saves, writer, speed, goodput, config)
   try:
@@ -158,9 +159,9 @@ def _run(config: Any, workdir: str, mesh: Any, stop: threading.Event) -> Result:
     writer.close()
     saves.close()
   if interrupted and lead:
+    saved = f"saved step {step}" if step > start else f"still at step {step}"
     print(
-      f"SIGTERM: saved step {step} in {workdir}; the same command goes on from "
-      "there",
+      f"SIGTERM: {saved} in {workdir}; the same command goes on from there",
       flush=True,
     )
   return Result(state, last, step, interrupted)
@@ -371,6 +372,20 @@ def _told_to_stop(stop, saves, step) -> bool:
   if jax.process_count() > 1:  # all hosts must leave at the same step
     return saves.reached_preemption(step)
   return stop.is_set()
+
+
+def _told_before(saves, start) -> bool:
+  """Whether a host was told to stop while it started; announces the step.
+
+  Hosts agree on the step after the largest that one of them has announced, once
+  and for all. Told before any, they agree on 1: which never comes if a run goes
+  on from a later one.
+  """
+  if jax.process_count() == 1:
+    return False  # the event of `_sigterm` stays set
+  told = saves.reached_preemption(1)
+  saves.reached_preemption(start)
+  return bool(hosts.gather(np.int32(told)).any())
 
 
 class _sigterm:

@@ -70,6 +70,19 @@ def test_two_processes_survive_both_signals_and_train_as_one(whole, tmp_path):
   data = workdir / "checkpoints" / str(saved) / "data"
   assert len(list(data.glob("process_*-of-2.json"))) == 2
 
+  # As soon as it goes on: before the first step, or after it.
+  (tmp_path / "again.0").touch()
+  pod, start = chaos.Pod(command(workdir, slow), tmp_path / "again"), saved
+  until = time.monotonic() + 60
+  while "compiling for" not in (tmp_path / "again.0").read_text():
+    assert pod.running() and time.monotonic() < until
+    time.sleep(0.01)
+  pod.kill(signal.SIGTERM, [0])
+  assert pod.join() == [143, 143]
+  told = (tmp_path / "again.0").read_text().rpartition("SIGTERM: ")[2]
+  saved = int(told.partition(" step ")[2].split()[0])
+  assert start <= saved <= start + 1
+
   pod = chaos.Pod(command(workdir, slow), tmp_path / "log")
   wait_for(workdir, saved + 1, pod)
   pod.kill(signal.SIGKILL, [0])
