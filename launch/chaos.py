@@ -30,7 +30,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # The survivors of a kill notice after this time, if no collective fails first.
 HEARTBEAT_SECONDS = 10
-MOST_SECONDS = 120  # that a process may take to end
+MOST_SECONDS = 120  # that a killed run may take to end
+WHOLE_SECONDS = 1800  # and one that trains to its last step
 
 
 def child(
@@ -88,9 +89,9 @@ class Pod:
       if self.processes[victim].is_alive():
         os.kill(self.processes[victim].pid, how)
 
-  def join(self) -> list[int]:
-    """Exit codes; a process that doesn't end is an error."""
-    until = time.monotonic() + MOST_SECONDS
+  def join(self, seconds: float = MOST_SECONDS) -> list[int]:
+    """Exit codes; a process that doesn't end in this time is an error."""
+    until = time.monotonic() + seconds
     for process in self.processes:
       process.join(max(0.0, until - time.monotonic()))
     stuck = [i for i, p in enumerate(self.processes) if p.is_alive()]
@@ -98,7 +99,7 @@ class Pod:
       self.processes[index].kill()
       self.processes[index].join()
     if stuck:
-      raise TimeoutError(f"processes {stuck} still ran after {MOST_SECONDS} s")
+      raise TimeoutError(f"processes {stuck} still ran after {seconds} s")
     return [process.exitcode for process in self.processes]
 
 
@@ -129,7 +130,7 @@ def disturbed(
     log = workdir.parent / f"{workdir.name}.{len(lines)}.log"
     pod = Pod(command, log, processes=processes, devices=devices)
     if len(lines) == kills:
-      codes = pod.join()
+      codes = pod.join(WHOLE_SECONDS)
       if any(codes):
         raise RuntimeError(f"the last run ended with {codes}; see {log}.*")
       return lines
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     ]
 
   whole = Pod(command("whole"), args.workdir / "whole.log")
-  if any(codes := whole.join()):
+  if any(codes := whole.join(WHOLE_SECONDS)):
     raise RuntimeError(f"undisturbed, it ended with {codes}")
   lines = disturbed(
     command("killed"),
