@@ -225,7 +225,9 @@ def random(shapes):
   rng = np.random.default_rng(1)
 
   def one(x):
-    width = x.shape[-2] if len(x.shape) > 1 else 100
+    # Of a convolution, all that it sums.
+    summed = x.shape[-4:-1] if len(x.shape) > 3 else x.shape[-2:-1]
+    width = np.prod(summed) if summed else 100
     return rng.normal(0, width**-0.5, x.shape).astype(x.dtype)
 
   return jax.tree.map(one, shapes)
