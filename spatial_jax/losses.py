@@ -69,8 +69,8 @@ def next_token_chunked(
     _, parts = jax.lax.scan(chunk, None, (split(hidden), split(labels)))
     return tuple(jnp.moveaxis(part, 0, 1).reshape(-1, T) for part in parts)
 
-  # The compiler would sum the kernel's gradient over devices in every chunk. As
-  # a table of words lies, so that it can add that of a tied one before.
+  # The compiler would sum the kernel's gradient over devices in every chunk. It
+  # goes in as a table of words lies: then those of a tied one are added first.
   rows = sharding.rows_alone(B)
   if rows:
     run = jax.shard_map(

@@ -161,15 +161,14 @@ def spec(axes: Sequence[str], shape: Sequence[int]) -> P:
 
 
 def rows_alone(rows: int) -> P | None:
-  """Spec of a batch if its rows are all that the mesh splits; or None."""
+  """Spec of a batch if every device has rows of its own; or None."""
   current = jax.sharding.get_abstract_mesh()
-  if current.empty or AxisType.Manual in current.axis_types:
+  manual = AxisType.Manual in current.axis_types
+  if current.empty or manual or current.size == 1:
     return None
-  split = [name for name, size in current.shape.items() if size > 1]
-  ways = math.prod(current.shape[name] for name in split)
-  if not split or set(split) - set(RULES["batch"]) or rows % ways:
-    return None
-  return P(tuple(name for name in RULES["batch"] if name in split))
+  placed = spec(["batch"], [rows])
+  (own,) = NamedSharding(current, placed).shard_shape((rows,))
+  return placed if own * current.size == rows else None
 
 
 def platform() -> str:

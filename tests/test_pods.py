@@ -100,6 +100,24 @@ def test_two_processes_survive_both_signals_and_train_as_one(whole, tmp_path):
   assert "goodput" not in (tmp_path / "last.1").read_text()
 
 
+def test_who_is_told_to_stop_while_starting_keeps_what_is_there(
+  whole, tmp_path, monkeypatch, capsys
+):
+  workdir = shutil.copytree(whole, tmp_path / "told")
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+  left = STEPS - EVERY
+  config = toy.get_config()
+  config.steps, config.mesh.data = STEPS, 2
+  with monkeypatch.context() as patched:
+    patched.setattr(train, "_told_before", lambda saves, start: start == left)
+    result = train.main(config.lock(), str(workdir))
+  assert result.interrupted and result.step == left
+  assert f"SIGTERM: still at step {left}" in capsys.readouterr().out
+  result = train.main(config, str(workdir))
+  assert result.step == STEPS and not result.interrupted
+  assert_same_curve(workdir, whole)
+
+
 def test_a_run_goes_on_with_fewer_devices_on_another_mesh(
   whole, tmp_path, monkeypatch
 ):

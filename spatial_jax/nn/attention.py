@@ -29,7 +29,7 @@ _LEAST = 256
 # mask, of which half is hidden.
 SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
 # And how many of the layers take a branch, of the queries a turn.
-SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
+_SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
 TURN = re.compile(r"turn_(\d+)_of_(\d+)")
 # Heads that cuDNN takes.
 _CUDNN_HEAD = 128
@@ -153,6 +153,12 @@ def unmasked(
 def share(function: Callable, taken: int, of: int) -> Callable:
   """A branch of a conditional that so many of all layers take; for `plan`."""
   return jax.named_scope(f"taken_{taken}_of_{of}")(function)
+
+
+def share_in(names: str) -> float | None:
+  """What `share` wrote into a stack of names, the innermost; None: nothing."""
+  found = _SHARE.findall(names)
+  return int(found[-1][0]) / int(found[-1][1]) if found else None
 
 
 def packed_mask(

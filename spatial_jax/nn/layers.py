@@ -276,6 +276,7 @@ def _take(table, ids):
     return jnp.take(table, ids, axis=0)
 
   # Left to itself, the compiler gathers the gradients of all rows everywhere.
+  # The way there is its own: a table in parts isn't gathered to be read.
   @jax.custom_vjp
   def take(table, ids):
     return jnp.take(table, ids, axis=0)

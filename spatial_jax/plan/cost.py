@@ -125,10 +125,9 @@ def equations(
 
 
 def _share(body, branches):
-  for eqn in body.eqns:
-    if found := attention.SHARE.search(str(eqn.source_info.name_stack)):
-      return int(found[1]) / int(found[2])
-  return 1 / branches
+  names = (str(eqn.source_info.name_stack) for eqn in body.eqns)
+  shares = (attention.share_in(name) for name in names)
+  return next((x for x in shares if x is not None), 1 / branches)
 
 
 def _sides(eqn):

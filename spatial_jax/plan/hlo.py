@@ -62,7 +62,9 @@ def collectives(text: str) -> list[Collective]:
       size, ways = _size(shape, kind, bool(started)), _ways(line)
       if "all-reduce-scatter" in name and kind == "all-reduce":
         kind = "reduce-scatter"  # a fusion that keeps its own part
-      elif ring := re.search(r"windowed_dot_general_body_(ag|rs)", name):
+      elif kind == "collective-permute" and (
+        ring := re.search(r"windowed_dot_general_body_(ag|rs)", name)
+      ):
         # Parts go around while they are multiplied: all of them, the whole.
         kind = "all-gather" if ring[1] == "ag" else "reduce-scatter"
       elif kind == "reduce-scatter":
@@ -112,8 +114,11 @@ def _times(computations, entry):
       inner = _CALLED.findall(line)
       calls[name] += [(i, trips) for i in inner if i in computations]
       branches = " ".join(map(" ".join, _BRANCHES.findall(line)))
-      for branch in re.findall(r"[\w.\-]+", branches):
-        calls[name].append((branch, _share(computations[branch])))
+      branches = re.findall(r"[\w.\-]+", branches)
+      calls[name] += [
+        (branch, _share(computations[branch], len(branches)))
+        for branch in branches
+      ]
   times = defaultdict(int)
 
   def walk(name, count):
@@ -125,13 +130,10 @@ def _times(computations, entry):
   return times
 
 
-def _share(branch):
-  """How often of all times a branch is taken, as `attention.share` says."""
-  named = next(filter(None, map(attention.SHARE.findall, branch)), None)
-  if not named:
-    return 1
-  taken, of = named[-1]  # the innermost
-  return int(taken) / int(of)
+def _share(branch, branches):
+  """How often of all times a branch is taken, as `cost.equations` counts it."""
+  shares = map(attention.share_in, branch)
+  return next((x for x in shares if x is not None), 1 / branches)
 
 
 def _trips(line, computations):
