@@ -114,7 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {"constant": 0.15, "decay": "linear", "final": 0.02}
   )
   c.batch_size = 16 if arg.stage == "vision" else 8
-  c.steps = 350 if arg.stage == "vision" else 200 if arg.blind else 700
+  c.steps = 330 if arg.stage == "vision" else 200 if arg.blind else 640
   c.checkpoint.every = 10_000
   c.evals.vsi = ConfigDict(
     {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}

@@ -181,6 +181,15 @@ def platform() -> str:
   return getattr(device, "platform", None) or ""
 
 
+def compiler_options() -> dict[str, str]:
+  """`jax.jit`'s of programs for the mesh in force, above all training steps."""
+  if platform() != "cpu":
+    return {}
+  # Of the library that XLA calls there, sums are fast; products are slower than
+  # XLA's own, and so are both in one.
+  return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
 def constrain(x: Any, axes: str) -> Any:
   """Pins an activation to its mesh axes; nothing outside jit or a mesh.
 

@@ -202,6 +202,7 @@ def prepare(config: Any, example: Any, mesh: Any) -> Prepared:
     make_update(system, optimizer, config.seed, config.accumulate),
     donate_argnums=0,
     out_shardings=(shardings, None),
+    compiler_options=sharding.compiler_options(),
   )
   return Prepared(system, optimizer, state, update)
 

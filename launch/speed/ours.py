@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import common
 from launch.speed import qwen
 from launch.speed.program import Program
-from spatial_jax import generate, hf, models, optim, system, train
+from spatial_jax import generate, hf, models, optim, sharding, system, train
 
 
 def config(case: dict) -> ConfigDict:
@@ -56,10 +56,10 @@ def forward(folder: pathlib.Path, case: dict) -> Program:
   """Loss of a batch, without gradients."""
   model, mod, params, batch = load(folder, case)
 
-  @jax.jit
   def loss(params, batch):
     return mod.loss(model, params, batch, train=False)[0]
 
+  loss = jax.jit(loss, compiler_options=sharding.compiler_options())
   start = time.perf_counter()
   value = float(loss(params, batch))
   first = time.perf_counter() - start
@@ -103,7 +103,11 @@ def make_update(c: ConfigDict, model, mod, optimizer):
 def updates(c: ConfigDict, model, mod, params, batch):
   """Function that takes one training step, and returns its metrics."""
   optimizer = optim.make(c.optimizer, 1000, params)
-  update = jax.jit(make_update(c, model, mod, optimizer), donate_argnums=0)
+  update = jax.jit(
+    make_update(c, model, mod, optimizer),
+    donate_argnums=0,
+    compiler_options=sharding.compiler_options(),
+  )
   init = jax.jit(
     lambda p: optimizer.tx.init(optim.subset(p, optimizer.trainable))
   )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from spatial_jax import sharding
 from spatial_jax.evaluators import qa
 from spatial_jax.world import dataset, observe, questions, vocabulary
 
@@ -30,7 +31,7 @@ def answer_distributions(model, mod, config):
     picked = jnp.take_along_axis(logits, at[..., None], 1)
     return jax.nn.log_softmax(picked.astype(jnp.float32))
 
-  return jax.jit(forward)
+  return jax.jit(forward, compiler_options=sharding.compiler_options())
 
 
 def read(log_p: np.ndarray, question, tokenizer, numbers) -> str:

@@ -33,7 +33,7 @@ from spatial_jax import losses, sharding
 from spatial_jax.models import llm_variants
 from spatial_jax.nn import edit as edits
 from spatial_jax.nn import rope
-from spatial_jax.nn.attention import attention, chunked, packed_mask
+from spatial_jax.nn.attention import KEPT, attention, chunked, packed_mask
 from spatial_jax.nn.layers import (
   AdaptiveRMSNorm,
   Dense,
@@ -465,13 +465,16 @@ def remat(
   """
   if policy == "none":
     return block
-  known = None
-  if policy != "full":
-    known = getattr(jax.checkpoint_policies, policy, None)
+  policies, known = jax.checkpoint_policies, None
+  if policy == "attention":
+    known = policies.save_only_these_names(KEPT)
+  elif policy != "full":
+    known = getattr(policies, policy, None)
     if known is None:
       raise ValueError(
-        f"remat={policy!r} is unknown; use 'none', 'full' or a name in "
-        "jax.checkpoint_policies such as 'dots_with_no_batch_dims_saveable'"
+        f"remat={policy!r} is unknown; use 'none', 'full', 'attention' or a "
+        "name in jax.checkpoint_policies such as "
+        "'dots_with_no_batch_dims_saveable'"
       )
   return nn.remat(block, prevent_cse=not scanned, policy=known)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spatial_jax import sharding
 from spatial_jax.types import Array, Bool, Float, Int
@@ -31,6 +32,10 @@ SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
 # And how many of the layers take a branch, of the queries a turn.
 _SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
 TURN = re.compile(r"turn_(\d+)_of_(\d+)")
+# What `jax.checkpoint` calls the scope of what is computed again.
+_AGAIN = "rematted_computation"
+# What the gradient of attention needs of it, for policies of `jax.checkpoint`.
+KEPT = "attention_kept"
 # Heads that cuDNN takes.
 _CUDNN_HEAD = 128
 
@@ -92,34 +97,93 @@ def choose(
 
 def _xla(query, key, value, mask, bias):
   B, T, N, H = query.shape
-  S, K = key.shape[1:3]
+  K = key.shape[2]
   # Heads before time: the products then need no transposed copies, which makes
   # the gradient twice as fast on CPU.
   query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   query = query.reshape(B, K, N // K * T, H)
   key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B K S H]
+  out = _read(query, key, value, mask, bias).reshape(B, K, N // K, T, H)
+  out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+  return out.astype(value.dtype)
+
+
+def _scores(query, key, mask, bias):
+  """Scaled scores [B K G T S] of queries [B K G*T H]."""
   scores = jnp.einsum(
     "bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32
   )
-  scores = (scores * H**-0.5).reshape(B, K, N // K, T, S)
+  B, K, rows, S = scores.shape
+  seen = [x for x in (mask, bias) if x is not None]
+  T = max((x.shape[1] for x in seen), default=1)
+  T = rows if T == 1 else T  # all rows alike
+  scores = scores.reshape(B, K, rows // T, T, S) * query.shape[-1] ** -0.5
   if bias is not None:
     scores = scores + bias.astype(jnp.float32)[:, None, None]
   if mask is not None:
-    mask = mask[:, None, None]
-    scores = jnp.where(mask, scores, _MASKED)
-  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+  return scores
+
+
+@jax.custom_vjp
+def _read(query, key, value, mask, bias):
+  """Values [B K S H] that queries [B K G*T H] of each key's head have read.
+
+  The gradient computes the scores again: a stack of them over layers would
+  have to be written and read, and costs more than the product.
+  """
+  return _read_forward(query, key, value, mask, bias)[0]
+
+
+def _read_forward(query, key, value, mask, bias):
+  scores = _scores(query, key, mask, bias)
+  # Above what is masked, so that a row that sees no key has weights of zero.
+  top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), _MASKED / 2)
   weights = jnp.exp(scores - top)
-  if mask is not None:
-    weights = jnp.where(mask, weights, 0.0)
   # Divided later, where numbers are fewer. What a row sees totals at least 1.
-  total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-9)
-  weights = weights.astype(value.dtype).reshape(B, K, N // K * T, S)
+  total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
+  weights = weights.astype(value.dtype).reshape(*query.shape[:3], -1)
   out = jnp.einsum(
     "bkts,bksh->bkth", weights, value, preferred_element_type=jnp.float32
   )
-  out = out.reshape(B, K, N // K, T, H) / total[..., None]
-  out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-  return out.astype(value.dtype)
+  out = out / total.reshape(*query.shape[:3], 1)
+  out = checkpoint_name(out, KEPT)
+  log_total = checkpoint_name(top + jnp.log(total), KEPT)
+  return out, (query, key, value, mask, bias, out, log_total)
+
+
+def _read_backward(kept, gradient):
+  query, key, value, mask, bias, out, log_total = kept
+  with jax.named_scope(_AGAIN):
+    weights = jnp.exp(_scores(query, key, mask, bias) - log_total)
+  shape = weights.shape
+  slope = jnp.sum(gradient * out, axis=-1).reshape(*shape[:4], 1)
+  gradient = gradient.astype(value.dtype)
+  of_weights = jnp.einsum(
+    "bkth,bksh->bkts", gradient, value, preferred_element_type=jnp.float32
+  )
+  of_scores = weights * (of_weights.reshape(shape) - slope)
+  of_bias = None
+  if bias is not None:
+    of_bias = _like(bias, jnp.sum(of_scores, axis=(1, 2)))
+  flat = *query.shape[:3], -1
+  weights = weights.astype(value.dtype).reshape(flat)
+  of_scores = of_scores * query.shape[-1] ** -0.5
+  of_scores = of_scores.astype(query.dtype).reshape(flat)
+  of_query = jnp.einsum("bkts,bksh->bkth", of_scores, key)
+  # Large matrices are not turned: on CPU, that takes as long as the product.
+  of_key = jnp.einsum("bkth,bkts->bkhs", query, of_scores).swapaxes(2, 3)
+  of_value = jnp.einsum("bkth,bkts->bkhs", gradient, weights).swapaxes(2, 3)
+  return of_query, of_key, of_value, None, of_bias
+
+
+def _like(x, gradient):
+  """A sum over the axes along which x was broadcast."""
+  axes = [i for i, n in enumerate(x.shape) if n == 1]
+  return jnp.sum(gradient, axis=axes, keepdims=True).astype(x.dtype)
+
+
+_read.defvjp(_read_forward, _read_backward)
 
 
 def unmasked(
