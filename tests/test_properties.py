@@ -144,6 +144,7 @@ def test_scan_and_recomputation_options_change_no_number():
   for overrides in (
     {"unroll": 2},
     {"remat": "full"},
+    {"remat": "attention"},
     {"remat": "dots_with_no_batch_dims_saveable"},
     {"one_hot": True},
   ):
@@ -212,15 +213,64 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients():
   assert np.all(np.isfinite(np.asarray(grad)))
 
 
-def test_attention_equals_its_definition():
+@pytest.mark.parametrize(
+  "masked, biased",
+  [
+    (None, None),
+    ((2, 5, 6), None),
+    ((1, 1, 6), (2, 1, 6)),
+    ((2, 1, 6), (1, 5, 6)),
+    (None, (1, 1, 6)),
+  ],
+)
+def test_attention_and_its_gradients_equal_their_definition(masked, biased):
   rng = np.random.default_rng(0)
   q = rng.normal(size=(2, 5, 4, 8)).astype(np.float32)
   k, v = rng.normal(size=(2, 2, 6, 2, 8)).astype(np.float32)
-  mask = rng.random((2, 5, 6)) < 0.7
-  mask[..., 0] = True
-  got = attentions.attention(q, k, v, mask)
-  for b, n in np.ndindex(2, 4):
-    scores = q[b, :, n] @ k[b, :, n // 2].T / np.sqrt(8)
-    weights = np.exp(scores) * mask[b]
-    weights /= weights.sum(axis=-1, keepdims=True)
-    close(got[b, :, n], weights @ v[b, :, n // 2])
+  mask = bias = None
+  if masked:
+    mask = rng.random(masked) < 0.6
+    mask[..., 0] = True
+  if biased:
+    bias = rng.normal(size=biased).astype(np.float32)
+  weight = rng.normal(size=q.shape).astype(np.float32)
+
+  def definition(q, k, v, bias):
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
+    if biased:
+      scores = scores + bias[:, None]
+    if masked:
+      scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+  def ours(q, k, v, bias):
+    return attentions.attention(q, k, v, mask, bias)
+
+  def total(function, q, k, v, bias):
+    out = function(q, k, v, bias)
+    return jnp.sum(weight * out), out
+
+  wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
+  got, want = (
+    jax.grad(functools.partial(total, f), argnums=wanted, has_aux=True)(
+      q, k, v, bias
+    )
+    for f in (ours, definition)
+  )
+  jax.tree.map(close, got, want)
+
+
+def test_what_attention_keeps_saves_its_products_in_the_backward_pass():
+  def products(remat):
+    model = llm.Model(**LLM, remat=remat)
+    batch = text_batch(rng_tokens(2, 6))
+
+    def loss(params):
+      return jnp.sum(run(model, params, **batch)[0])
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(decoder()[1]))
+    return text.count("dot_general[")
+
+  # Scores and what they read, and the way from there to the residual stream.
+  assert products("full") - products("attention") == 2

@@ -267,7 +267,7 @@ class Model(nn.Module):
   scale_embed: bool = False  # embeddings times sqrt(width)
   new_vocab: int = 0  # tokens after the vocabulary that are only read
   dtype: str = "float32"
-  remat: str = "none"  # or "full", or a name in jax.checkpoint_policies
+  remat: str = "none"  # or what `remat` knows
   unroll: int = 1  # layers per step of the scan
   embed_std: float = 0.02
   one_hot: bool = False  # read the table by a matrix product; see Embed
@@ -460,6 +460,8 @@ def remat(
   """Block that recomputes its activations in the backward pass.
 
   Args:
+    policy: "none", "full", "attention" (what `nn.attention` needs for its
+      gradient is kept; on CPU) or a name in `jax.checkpoint_policies`.
     scanned: it runs in a scan, which already prevents that what is computed
       twice is found to be the same.
   """

@@ -32,8 +32,8 @@ SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
 # And how many of the layers take a branch, of the queries a turn.
 _SHARE = re.compile(r"taken_(\d+)_of_(\d+)")
 TURN = re.compile(r"turn_(\d+)_of_(\d+)")
-# What `jax.checkpoint` calls the scope of what is computed again.
-_AGAIN = "rematted_computation"
+# What `jax.checkpoint` calls the scope of what a gradient computes once more.
+AGAIN = "rematted_computation"
 # What the gradient of attention needs of it, for policies of `jax.checkpoint`.
 KEPT = "attention_kept"
 # Heads that cuDNN takes.
@@ -154,7 +154,7 @@ def _read_forward(query, key, value, mask, bias):
 
 def _read_backward(kept, gradient):
   query, key, value, mask, bias, out, log_total = kept
-  with jax.named_scope(_AGAIN):
+  with jax.named_scope(AGAIN):
     weights = jnp.exp(_scores(query, key, mask, bias) - log_total)
   shape = weights.shape
   slope = jnp.sum(gradient * out, axis=-1).reshape(*shape[:4], 1)

@@ -19,8 +19,6 @@ from jax.interpreters import partial_eval
 from spatial_jax import sharding
 from spatial_jax.nn import attention
 
-# Names in the stacks of what is computed for a second time, in gradients.
-_AGAIN = "rematted_computation"
 # Of a register: fewer queries than these take as long.
 _ROWS = 8
 
@@ -65,7 +63,7 @@ def flops(jaxpr: Any, side: int) -> Flops:
     # Small heads leave much of the unit empty; weights are never that small.
     least = _least(names, m, n, k) if is_scores else side
     padded += count * max(side / least, 1)
-    if _AGAIN not in names:
+    if attention.AGAIN not in names:
       model += count
     if is_scores:
       scores += count
