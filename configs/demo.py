@@ -7,8 +7,8 @@
   python -m spatial_jax train --config=configs/demo.py:blind --workdir=F
   python -m spatial_jax evaluate --config=configs/demo.py --workdir=E
 
-`make demo` runs all of it on two CPU cores in about 13 minutes and writes a
-report: VSI macro 62.9 on rooms never seen, 33.5 for the blind model. Options:
+`make demo` runs all of it on two CPU cores in about 12 minutes and writes a
+report: VSI macro 62.3 on rooms never seen, 32.0 for the blind model. Options:
 `stage=vision|joint`, `blind` (the same questions, no images),
 `layouts=FILE` (evaluate on real rooms in the VSI-Bench meta format), `test`.
 """

@@ -229,6 +229,9 @@ def test_queries_in_turns_are_padded_like_all_at_once(monkeypatch):
   monkeypatch.setattr(attention, "_MOST_SCORES", 2**16)  # 16 rows a turn
   turns = cost.flops(cost.trace(jax.jit(step), q, q, q), 128)
   assert turns.model == whole.model
+  # Seven products, of which the gradient computes the scores once more.
+  assert 6 * whole.program == 7 * whole.model
+  assert turns.program == whole.program
   assert turns.padded == 2 * turns.program
   assert whole.padded == 2 * whole.program
 

@@ -81,7 +81,8 @@ def test_two_processes_survive_both_signals_and_train_as_one(whole, tmp_path):
   assert pod.join() == [143, 143]
   told = (tmp_path / "again.0").read_text().rpartition("SIGTERM: ")[2]
   saved = int(told.partition(" step ")[2].split()[0])
-  assert start <= saved <= start + 1
+  # Hosts agree on a step that none has reached; it isn't trained to the end.
+  assert start <= saved < STEPS - 1
 
   pod = chaos.Pod(command(workdir, slow), tmp_path / "log")
   wait_for(workdir, saved + 1, pod)

@@ -9,6 +9,7 @@ Letters: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -193,8 +194,7 @@ def unmasked(
 ) -> Float[Array, "B T N H"]:
   """`attention` where all see all, for rows of any length.
 
-  When there are more scores than fit, queries are taken some at a time, and the
-  gradient computes their scores again.
+  When there are more scores than fit, queries are taken some at a time.
   """
   B, T, N, H = query.shape
   count = -(-B * N * T * key.shape[1] // _MOST_SCORES)
@@ -205,7 +205,10 @@ def unmasked(
   query = jnp.pad(query, [(0, 0), (0, count * size - T), (0, 0), (0, 0)])
   parts = query.reshape(B, count, size, N, H).swapaxes(0, 1)
 
-  @jax.checkpoint
+  # Keys and values, the same in each turn, are not kept once for each.
+  policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+  @functools.partial(jax.checkpoint, policy=policy)
   @jax.named_scope(f"turn_{size}_of_{T}")
   def some(part):
     return attention(part, key, value)
