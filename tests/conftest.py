@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time goes into compiling.
 QUICK = "--xla_backend_optimization_level=0"
 QUICK += " --xla_llvm_disable_expensive_passes=true"
+QUICK += " --xla_cpu_experimental_ynn_fusion_type="  # no calls of YNNPACK
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   # Newer versions lack this choice. It halves the time again.
   QUICK += " --xla_cpu_use_fusion_emitters=false"
