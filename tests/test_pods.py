@@ -72,7 +72,9 @@ def test_two_processes_survive_both_signals_and_train_as_one(whole, tmp_path):
 
   # As soon as it goes on: before the first step, or after it.
   (tmp_path / "again.0").touch()
-  pod, start = chaos.Pod(command(workdir, slow), tmp_path / "again"), saved
+  # A step takes longer than the second after which jax looks for a signal.
+  slower = "--config.data.pause=0.4"
+  pod, start = chaos.Pod(command(workdir, slower), tmp_path / "again"), saved
   until = time.monotonic() + 60
   while "compiling for" not in (tmp_path / "again.0").read_text():
     assert pod.running() and time.monotonic() < until
@@ -81,8 +83,7 @@ def test_two_processes_survive_both_signals_and_train_as_one(whole, tmp_path):
   assert pod.join() == [143, 143]
   told = (tmp_path / "again.0").read_text().rpartition("SIGTERM: ")[2]
   saved = int(told.partition(" step ")[2].split()[0])
-  # Hosts agree on a step that none has reached; it isn't trained to the end.
-  assert start <= saved < STEPS - 1
+  assert start <= saved <= start + 1
 
   pod = chaos.Pod(command(workdir, slow), tmp_path / "log")
   wait_for(workdir, saved + 1, pod)
