@@ -272,5 +272,5 @@ def test_what_attention_keeps_saves_its_products_in_the_backward_pass():
     text = str(jax.make_jaxpr(jax.grad(loss))(decoder()[1]))
     return text.count("dot_general[")
 
-  # Scores and what they read, and the way from there to the residual stream.
+  # The scores, and what they read.
   assert products("full") - products("attention") == 2
