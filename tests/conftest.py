@@ -2,6 +2,7 @@
 """Eight fake CPU devices, checked array shapes, no silent broadcasting."""
 
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -12,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 QUICK = "--xla_backend_optimization_level=0"
 QUICK += " --xla_llvm_disable_expensive_passes=true"
 QUICK += " --xla_cpu_experimental_ynn_fusion_type="  # no calls of YNNPACK
+QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # parts cost 15 % more
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   # Newer versions lack this choice. It halves the time again.
   QUICK += " --xla_cpu_use_fusion_emitters=false"
@@ -44,6 +46,14 @@ jaxtyping.install_import_hook(
   "spatial_jax",
   "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+def pytest_collection_finish():
+  """Traces are many small objects: collected at the usual pace, beside all
+  that was imported, they take a tenth of the time of a test."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
