@@ -15,16 +15,9 @@ from typing import Any
 import jax
 
 
-def _key(entry: Any) -> str:
-  for name in ("key", "name", "idx"):
-    if hasattr(entry, name):
-      return str(getattr(entry, name))
-  return str(entry)
-
-
 def path_name(path: Iterable[Any]) -> str:
   """Name of a leaf from the key path that jax.tree_util gives."""
-  return "/".join(_key(entry) for entry in path)
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from spatial_jax.models import vggt_loss
 
 SIDE = 12  # 144 pixels: enough that a sample counts
 
+# One program each, where operations one by one are as many.
+truth = jax.jit(vggt_loss.truth)
+camera_loss = jax.jit(vggt_loss.camera_loss)
+regression_loss = jax.jit(vggt_loss.regression_loss, static_argnums=4)
+gradient_loss = jax.jit(vggt_loss.gradient_loss)
+compute = jax.jit(vggt_loss.compute, static_argnames="depth")
+
 
 def batch(rows=2, frames=3, seed=0):
   rng = np.random.default_rng(seed)
@@ -34,13 +41,13 @@ def maps(value, channels=1):
   return jnp.broadcast_to(jnp.float32(value), shape)
 
 
-def regress(got, want=0.0, confidence=1.0, mask=None, **kwargs):
+def regress(got, want=0.0, confidence=1.0, mask=None, quantile=0.0):
   got = jnp.asarray(got, jnp.float32)
   want = jnp.broadcast_to(jnp.float32(want), got.shape)
   sure = jnp.broadcast_to(jnp.float32(confidence), got.shape[:-1])
   if mask is None:
     mask = jnp.ones(got.shape[:-1], bool)
-  out = vggt_loss.regression_loss(got, sure, want, mask, **kwargs)
+  out = regression_loss(got, sure, want, mask, quantile)
   return {k: float(v) for k, v in out.items()}
 
 
@@ -53,7 +60,7 @@ def test_truth_of_two_cameras_is_in_the_first_ones_axes_with_mean_distance_1():
     "depth": np.full((1, 2, SIDE, SIDE), 4, np.float32),
     "world_from_camera": poses,
   }
-  want = jax.jit(vggt_loss.truth)(given)
+  want = truth(given)
   scale = float(want["scale"][0])
   np.testing.assert_allclose(want["depth"], 4 / scale, rtol=1e-6)
   np.testing.assert_allclose(want["points"][0, 0, ..., 2], 4 / scale, rtol=1e-6)
@@ -71,7 +78,7 @@ def test_truth_of_two_cameras_is_in_the_first_ones_axes_with_mean_distance_1():
 
 def test_moving_and_scaling_the_world_changes_no_truth():
   given = batch()
-  want = vggt_loss.truth(given)
+  want = truth(given)
   angle = 0.7
   move = np.eye(4, dtype=np.float32)
   move[:2, :2] = [
@@ -86,7 +93,7 @@ def test_moving_and_scaling_the_world_changes_no_truth():
   moved = moved.astype(np.float32)
   moved[..., :3, 3] *= 2.5
   other = given | {"depth": 2.5 * given["depth"], "world_from_camera": moved}
-  got = vggt_loss.truth(other)
+  got = truth(other)
   np.testing.assert_allclose(got["scale"], 2.5 * want["scale"], rtol=1e-5)
   for name in ("pose_encoding", "depth", "points"):
     np.testing.assert_allclose(got[name], want[name], atol=1e-5)
@@ -96,17 +103,17 @@ def test_invalid_pixels_leave_the_scale_alone():
   given = batch()
   mask = given["depth_mask"].copy()
   mask[:, :, :6] = False
-  want = vggt_loss.truth(given | {"depth_mask": mask})
+  want = truth(given | {"depth_mask": mask})
   wild = given["depth"].copy()
   wild[:, :, :6] = 1e6
-  got = vggt_loss.truth({**given, "depth": wild, "depth_mask": mask})
+  got = truth({**given, "depth": wild, "depth_mask": mask})
   np.testing.assert_allclose(got["scale"], want["scale"])
 
 
 def test_camera_loss_weighs_later_stages_more():
   want = jnp.zeros((1, 2, 9))
   stages = jnp.stack([want + 1, want + 2])
-  got = vggt_loss.camera_loss(stages, want, jnp.array([True]))
+  got = camera_loss(stages, want, jnp.array([True]))
   # (0.6 * 1 + 1 * 2) / 2 for each part, and half of it for the field of view.
   assert float(got["translation"]) == pytest.approx(1.3)
   assert float(got["rotation"]) == pytest.approx(1.3)
@@ -115,7 +122,7 @@ def test_camera_loss_weighs_later_stages_more():
 
 def test_a_wild_translation_is_cut_off_at_100():
   want = jnp.zeros((1, 1, 9))
-  got = vggt_loss.camera_loss((want + 1e4)[None], want, jnp.array([True]))
+  got = camera_loss((want + 1e4)[None], want, jnp.array([True]))
   assert float(got["translation"]) == 100
   assert float(got["rotation"]) == pytest.approx(1e4)
 
@@ -123,9 +130,9 @@ def test_a_wild_translation_is_cut_off_at_100():
 def test_samples_whose_first_frame_is_empty_do_not_count():
   want = jnp.zeros((2, 1, 9))
   stages = jnp.stack([want.at[0].set(1).at[1].set(50)])
-  got = vggt_loss.camera_loss(stages, want, jnp.array([True, False]))
+  got = camera_loss(stages, want, jnp.array([True, False]))
   assert float(got["camera"]) == pytest.approx(2.5)
-  none = vggt_loss.camera_loss(stages, want, jnp.array([False, False]))
+  none = camera_loss(stages, want, jnp.array([False, False]))
   assert float(none["camera"]) == 0
 
 
@@ -149,11 +156,9 @@ def test_fewer_than_100_valid_pixels_give_no_loss_and_no_gradient():
 
   def total(x):
     ones = jnp.ones((1, 1, SIDE, SIDE))
-    return sum(
-      vggt_loss.regression_loss(x, ones, maps(1.0), mask, 0.5).values()
-    )
+    return sum(regression_loss(x, ones, maps(1.0), mask, 0.5).values())
 
-  assert not np.any(jax.grad(total)(maps(3.0)))
+  assert not np.any(jax.jit(jax.grad(total))(maps(3.0)))
 
 
 def test_invalid_pixels_and_exact_ones_have_finite_gradients():
@@ -162,9 +167,9 @@ def test_invalid_pixels_and_exact_ones_have_finite_gradients():
   def total(x):
     ones = jnp.ones((1, 1, SIDE, SIDE))
     want = maps(1.0)
-    return sum(vggt_loss.regression_loss(x, ones, want, mask, 0.9).values())
+    return sum(regression_loss(x, ones, want, mask, 0.9).values())
 
-  slope = jax.grad(total)(maps(1.0).at[0, 0, :3].set(jnp.inf))
+  slope = jax.jit(jax.grad(total))(maps(1.0).at[0, 0, :3].set(jnp.inf))
   assert np.isfinite(slope).all()
 
 
@@ -172,7 +177,7 @@ def test_the_gradient_term_of_a_ramp():
   # An error that grows by 1 a column: differences of 1, 2, 4 and 8 at the four
   # strides, none down the rows.
   ramp = jnp.broadcast_to(jnp.arange(16.0), (1, 1, 16, 16))[..., None]
-  got = float(vggt_loss.gradient_loss(ramp, jnp.ones((1, 1, 16, 16), bool)))
+  got = float(gradient_loss(ramp, jnp.ones((1, 1, 16, 16), bool)))
   want = 1 * 15 / 16 + 2 * 7 / 8 + 4 * 3 / 4 + 8 * 1 / 2
   assert got == pytest.approx(want / 4)
 
@@ -180,7 +185,7 @@ def test_the_gradient_term_of_a_ramp():
 def test_the_gradient_term_skips_pairs_with_an_invalid_pixel():
   step = jnp.zeros((1, 1, 16, 16, 1)).at[:, :, :, 7].set(1000.0)
   mask = jnp.ones((1, 1, 16, 16), bool).at[:, :, :, 7].set(False)
-  assert float(vggt_loss.gradient_loss(step, mask)) == 0
+  assert float(gradient_loss(step, mask)) == 0
 
 
 def test_the_quantile_leaves_out_the_largest_errors():
@@ -198,7 +203,7 @@ def test_the_quantile_leaves_out_the_largest_errors():
 
 def test_perfect_predictions_leave_only_the_reward_of_confidence():
   given = batch()
-  want = vggt_loss.truth(given)
+  want = truth(given)
   ones = jnp.full(want["depth"].shape, 1.0)
   predictions = {
     "pose_encodings": jnp.stack([want["pose_encoding"]] * 4),
@@ -207,10 +212,10 @@ def test_perfect_predictions_leave_only_the_reward_of_confidence():
     "points": want["points"],
     "points_confidence": ones,
   }
-  loss, terms = vggt_loss.compute(predictions, want)
+  loss, terms = compute(predictions, want)
   assert float(loss) == pytest.approx(0, abs=1e-5)
   sure = predictions | {"depth_confidence": 2 * ones}
-  loss, _ = vggt_loss.compute(sure, want, depth=3.0)
+  loss, _ = compute(sure, want, depth=3.0)
   assert float(loss) == pytest.approx(-3 * 0.2 * np.log(2), abs=1e-5)
   assert {"camera", "rotation", "depth/error", "points/sure"} <= set(terms)
 
@@ -272,7 +277,7 @@ def test_the_constant_answer_turns_as_the_mean_does_where_that_is_better():
 
 
 def test_truth_given_as_an_answer_has_no_error():
-  want = geometry.answer(vggt_loss.truth(batch()), truth=True)
+  want = geometry.answer(truth(batch()), truth=True)
   got = geometry.errors(want, want)
   for name, value in got.items():
     np.testing.assert_allclose(value, 0, atol=1e-4, err_msg=name)

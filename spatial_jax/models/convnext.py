@@ -22,7 +22,13 @@ from flax import linen as nn
 
 from spatial_jax import hf, sharding
 from spatial_jax.models.llm import remat
-from spatial_jax.nn.layers import LayerNorm, Mlp, Scale, fan_in_init
+from spatial_jax.nn.layers import (
+  LayerNorm,
+  Mlp,
+  Scale,
+  fan_in_init,
+  scan_layers,
+)
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
 
@@ -125,10 +131,8 @@ class Stage(nn.Module):
     if not self.is_first:
       x = LayerNorm(self.eps, self.dtype, name="downsample_norm")(x)
       x = Convolution(self.width, 2, 2, dtype=self.dtype, name="downsample")(x)
-    blocks = nn.scan(
+    blocks = scan_layers(
       remat(Block, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       length=self.depth,
     )
     return blocks(self.eps, self.dtype, name="blocks")(x, None)[0]

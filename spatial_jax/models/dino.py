@@ -26,7 +26,7 @@ from spatial_jax import hf, sharding
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import unmasked
-from spatial_jax.nn.layers import Dense, LayerNorm, Scale
+from spatial_jax.nn.layers import Dense, LayerNorm, Scale, scan_layers
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
 
@@ -176,10 +176,8 @@ def stack(block: nn.Module, length: int, x: Array) -> Array:
   def step(block, x, _):
     return block(x), None
 
-  return nn.scan(
+  return scan_layers(
     step,
-    variable_axes={"params": 0, "intermediates": 0},
-    split_rngs={"params": True},
     length=length,
   )(block, x, None)[0]
 

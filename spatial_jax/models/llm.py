@@ -41,6 +41,7 @@ from spatial_jax.nn.layers import (
   GatedMlp,
   RMSNorm,
   adapted_kernel,
+  scan_layers,
 )
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -285,10 +286,8 @@ class Model(nn.Module):
         self.width**0.5 if self.scale_embed else 1.0,
         self.new_vocab,
       )
-    self.blocks = nn.scan(
+    self.blocks = scan_layers(
       remat(Block, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       in_axes=(0, *[nn.broadcast] * 4, 0, 0, nn.broadcast),
       length=self.layers,
       unroll=self.unroll,

@@ -34,7 +34,7 @@ from flax import linen as nn
 from spatial_jax import hf, losses
 from spatial_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from spatial_jax.models import forcing, llm, llm_variants, vit, vit_keys
-from spatial_jax.nn.layers import Dense, LayerNorm, Mlp, activation
+from spatial_jax.nn.layers import Dense, LayerNorm, Mlp, activation, scan_layers
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -161,10 +161,8 @@ class Head(nn.Module):
   def __call__(self, x: Float[Array, "B K AD"]) -> Float[Array, "B K A"]:
     x = LayerNorm(1e-5, self.dtype, name="in_norm")(x)
     x = nn.relu(Dense(self.width, dtype=self.dtype, name="up")(x))
-    blocks = nn.scan(
+    blocks = scan_layers(
       Residual,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       length=self.layers,
     )
     x, _ = blocks(self.dtype, name="blocks")(x, None)

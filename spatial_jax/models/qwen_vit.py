@@ -47,6 +47,7 @@ from spatial_jax.nn.layers import (
   Mlp,
   RMSNorm,
   fan_in_init,
+  scan_layers,
 )
 from spatial_jax.types import Array, Float
 
@@ -294,10 +295,8 @@ class Model(nn.Module):
       self.plain,
     )
     block, is_full = remat(Block, self.remat), jnp.array(is_full)
-    blocks = nn.scan(
+    blocks = scan_layers(
       block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       in_axes=(0, *[nn.broadcast] * 3, 0, nn.broadcast),
       length=self.layers,
       unroll=self.unroll,

@@ -31,6 +31,7 @@ from spatial_jax.models import llm, molmo2_vit, vit
 from spatial_jax.nn import packing as packing_lib
 from spatial_jax.nn import pruning, scorer
 from spatial_jax.nn.attention import share
+from spatial_jax.nn.layers import scan_layers
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -60,10 +61,8 @@ class Tower(nn.Module):
       tower.width, tower.patch, dtype=self.dtype
     )
     self.position_embed = vit.Embedding(tower.side**2, tower.width)
-    self.blocks = nn.scan(
+    self.blocks = scan_layers(
       vit.Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       length=tower.layers,
     )(*options, **more)
 

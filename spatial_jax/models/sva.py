@@ -33,7 +33,13 @@ from flax import linen as nn
 
 from spatial_jax.models.llm import remat
 from spatial_jax.nn.attention import attention, share
-from spatial_jax.nn.layers import Dense, Embed, LayerNorm, activation
+from spatial_jax.nn.layers import (
+  Dense,
+  Embed,
+  LayerNorm,
+  activation,
+  scan_layers,
+)
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -235,10 +241,8 @@ class Sampler(nn.Module):
   def __call__(
     self, x: Float[Array, "B Q D"], seen: Seen
   ) -> tuple[Float[Array, "B Q D"], Float[Array, "depth B Q D"]]:
-    layers = nn.scan(
+    layers = scan_layers(
       remat(Layer, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       in_axes=(nn.broadcast,),
       length=self.depth,
     )

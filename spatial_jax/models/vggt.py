@@ -43,6 +43,7 @@ from spatial_jax.models import dino, vggt_loss, vggt_track
 from spatial_jax.models.llm import remat
 from spatial_jax.models.vggt_heads import CAMERA_KEYS, DPT_KEYS, Camera, Dpt
 from spatial_jax.nn import rope
+from spatial_jax.nn.layers import scan_layers
 from spatial_jax.types import Array, Float
 
 Out = dict[str, Any]
@@ -240,10 +241,8 @@ class Aggregator(nn.Module):
     slots = np.searchsorted(self.keep, np.arange(self.depth))
     shape = int(slots[-1]) + 1, *x.shape[:-1], 2 * self.width
     kept = jnp.zeros(shape, x.dtype)
-    (_, kept), _ = nn.scan(
+    (_, kept), _ = scan_layers(
       step,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
       length=self.depth,
     )(pair, (x, kept), jnp.asarray(slots))
     return kept[: len(self.keep)]

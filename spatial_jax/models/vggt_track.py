@@ -34,7 +34,7 @@ from flax import linen as nn
 from spatial_jax import hf
 from spatial_jax.models import dino
 from spatial_jax.nn.attention import attention
-from spatial_jax.nn.layers import Dense, LayerNorm
+from spatial_jax.nn.layers import Dense, LayerNorm, scan_layers
 from spatial_jax.types import Array, Float
 
 _LONGEST = 518.0  # pixels that motion is divided by, at any image size
@@ -209,10 +209,8 @@ class Refine(nn.Module):
     virtual = jnp.broadcast_to(
       virtual, (x.shape[0], self.virtual, *x.shape[2:])
     )
-    layers = nn.scan(
+    layers = scan_layers(
       Layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       length=self.depth,
     )(self.heads, self.virtual, name="layers")
     y = layers(jnp.concatenate([x, virtual], axis=1), None)[0][:, :N]

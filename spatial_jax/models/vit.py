@@ -41,6 +41,7 @@ from spatial_jax.nn.layers import (
   Mlp,
   Scale,
   fan_in_init,
+  scan_layers,
 )
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float
@@ -325,10 +326,8 @@ class Model(nn.Module):
     count = self.layers + 1 + self.output_layer
     if self.is_initializing():
       count = self.layers
-    blocks = nn.scan(
+    blocks = scan_layers(
       remat(Block, self.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
       in_axes=(0, *[nn.broadcast] * 3),
       length=count,
       unroll=self.unroll,

@@ -23,6 +23,22 @@ from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
 
 
+def scan_layers(block: Any, length: int, **kwargs: Any) -> Any:
+  """`nn.scan` of a block, with a stack of parameters [length ...].
+
+  It is traced once less than by default, which would look for outputs that are
+  the same for all layers; no block here has any.
+  """
+  return nn.scan(
+    block,
+    variable_axes={"params": 0, "intermediates": 0},
+    split_rngs={"params": True},
+    length=length,
+    check_constancy_invariants=False,
+    **kwargs,
+  )
+
+
 def fan_in_init(
   key: Array, shape: Sequence[int], dtype: Any = jnp.float32
 ) -> Array:
