@@ -14,6 +14,7 @@ Step counts and seeds are fixed: a slower machine gives the same numbers later.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -197,6 +198,7 @@ def main() -> None:
   parser.add_argument("--test", action="store_true", help="two steps of each")
   parser.add_argument("--blind", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args()
+  gc.set_threshold(100_000, 50, 100)  # as the command line's
   folder, began = args.workdir.resolve(), time.perf_counter()
   if args.blind:
     os.nice(10)

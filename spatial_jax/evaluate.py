@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from spatial_jax import checkpoint, sharding, trees
+from spatial_jax import checkpoint, sharding
 from spatial_jax import system as systems
 from spatial_jax.data import pipeline
 
@@ -110,13 +110,17 @@ def run(
   return out
 
 
-def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers in nested scores by path, for the metrics stream."""
-  return {
-    f"eval/{name}": float(x)
-    for name, x in trees.flatten(dict(scores)).items()
-    if isinstance(x, (int, float)) and not isinstance(x, bool)
-  }
+def scalars(
+  scores: Mapping[str, Any], prefix: str = "eval"
+) -> dict[str, float]:
+  """The numbers in nested scores by path, without those of lists (examples)."""
+  found = {}
+  for name, x in scores.items():
+    if isinstance(x, Mapping):
+      found |= scalars(x, f"{prefix}/{name}")
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+      found[f"{prefix}/{name}"] = float(x)
+  return found
 
 
 def table(label: str, scores: Mapping[str, Any], seconds: float) -> str:

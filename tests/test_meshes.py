@@ -57,6 +57,8 @@ def gradients(name, sizes):
 
   with jax.set_mesh(mesh):
     placed = sharding.parameters(params, mesh)
+    split = [not x.is_fully_replicated for x in jax.tree.leaves(placed)]
+    assert any(split) == (mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
     run = jax.jit(
       jax.value_and_grad(loss),
       out_shardings=(sharding.replicated(mesh), placed),

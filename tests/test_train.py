@@ -124,7 +124,7 @@ def test_a_finished_run_changes_nothing(trained):
   assert_equal(first.state, again.state)
 
 
-def test_the_loss_falls_on_one_batch(tmp_path):
+def test_the_loss_falls_on_one_batch(tmp_path, one_device):
   c = config(steps=150)
   with c.unlocked():
     c.data.rows.train = 8
