@@ -39,8 +39,13 @@ def one_step(config, params, grads, steps=10):
   made = optim.make(config, steps, params)
   trained = optim.subset(params, made.trainable)
   grads = optim.subset(grads, made.trainable)
-  updates, _ = made.tx.update(grads, made.tx.init(trained), trained)
-  return optim.merge(optax.apply_updates(trained, updates), params)
+
+  @jax.jit
+  def step(grads, trained):
+    updates, _ = made.tx.update(grads, made.tx.init(trained), trained)
+    return optax.apply_updates(trained, updates)
+
+  return optim.merge(step(grads, trained), params)
 
 
 def ones(tree):

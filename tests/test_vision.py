@@ -52,10 +52,10 @@ def test_windows_as_reshapes_equal_masked_attention(h, w):
     dtype="float32",
   )
   qkv = patches(3, h * w, 3, 2, 4)
-  got = block._attend_windows(jnp.asarray(qkv), None)
+  got = jax.jit(block._attend_windows)(jnp.asarray(qkv), None)
   window = qwen_vit.grid_positions(h, w, 2) // 4
   same = np.all(window[:, None] == window[None], axis=-1)
-  want = attentions.attention(*np.moveaxis(qkv, 2, 0), same[None])
+  want = jax.jit(attentions.attention)(*np.moveaxis(qkv, 2, 0), same[None])
   close(got, want)
 
 
