@@ -3,6 +3,7 @@
 
 import functools
 import gc
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -25,20 +26,23 @@ os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 # devices. With one thread a device, two collectives that may run in any order
 # can hold them all, each waiting for devices that the other one holds.
 os.environ["NPROC"] = "64"
-# One compilation cache per test process: child processes and later runs reuse
-# it, and two processes never write the same file.
-_worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+# One compilation cache for all test processes, their children and later runs.
+# With a size it is locked while it is read or written.
 _root = pathlib.Path(__file__).parents[1]
 os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", str(_root / ".pytest_cache" / f"jax-{_worker}")
+  "JAX_COMPILATION_CACHE_DIR", str(_root / ".pytest_cache" / "jax")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Numbers alone, in a hundred thousand calls: not worth checking below.
+importlib.import_module("spatial_jax.world.placement")
 
 # Every annotation of the package is checked at each call, in tests only.
 # An int passes for a float, as type checkers have it.
