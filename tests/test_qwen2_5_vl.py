@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from spatial_jax import generate, hf, models, trees
+from spatial_jax import generate, hf, models, sharding, trees
 from spatial_jax.data import positions, vision
 from spatial_jax.models import qwen2_5_vl
 
@@ -172,6 +172,22 @@ def test_bfloat16_rounds_logits_and_intermediates_only():
   with safe_open(WEIGHTS.with_name("images_left.safetensors"), "numpy") as f:
     want = f.get_tensor("logits")[make.inputs("images_left")["valid"]]
   assert worst(np.asarray(logits, np.float32)[valid], want) < 0.05
+
+
+def test_a_mesh_changes_no_number():
+  model, mod = tiny()
+  params = hf.load(mod.KEYS, WEIGHTS, abstract(model, mod))
+  batch = to_batch(make.inputs("images_left"))
+  want = evaluate(model, params, batch)
+  mesh = sharding.mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    split = jax.device_put(batch, sharding.batch_sharding(mesh))
+    placed = jax.device_put(params, sharding.parameters(params, mesh))
+    got = evaluate(model, placed, split)
+  query = got[2]["llm"]["blocks"]["attention"]["query"]["kernel"]
+  assert not query.sharding.is_fully_replicated
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert worst(np.asarray(a), np.asarray(b)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
