@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from spatial_jax import evaluate
 from spatial_jax.evaluators import qa
 
 CASES = json.loads(
@@ -170,3 +171,11 @@ def test_best_number_of_a_sure_distribution_is_its_value():
     log_probs = np.full(6, -50.0)
     log_probs[index] = 0.0
     assert qa.best_number(log_probs, values) == value
+
+
+def test_kept_examples_are_no_scores():
+  scores = {"vsi": {"macro": 50, "per_type": {"size": {"score": 1.5}}}}
+  want = {"eval/vsi/macro": 50.0, "eval/vsi/per_type/size/score": 1.5}
+  assert evaluate.scalars(scores) == want
+  scores["vsi"]["examples"] = [{"room": 3, "answers": [{"answer": 2.0}]}]
+  assert evaluate.scalars(scores) == want

@@ -186,6 +186,13 @@ def test_a_batch_without_labels_has_loss_zero():
   assert value == 0
 
 
+def test_layers_start_with_values_of_their_own():
+  kernels = decoder()[1]["params"]["blocks"]["mlp"]
+  for name, layer in kernels.items():
+    first, second = np.asarray(layer["kernel"])
+    assert not np.array_equal(first, second), name
+
+
 def test_matched_layers_start_with_equal_queries_and_keys():
   _, params = decoder()
   params = params["params"]
