@@ -131,10 +131,7 @@ class Stage(nn.Module):
     if not self.is_first:
       x = LayerNorm(self.eps, self.dtype, name="downsample_norm")(x)
       x = Convolution(self.width, 2, 2, dtype=self.dtype, name="downsample")(x)
-    blocks = scan_layers(
-      remat(Block, self.remat),
-      length=self.depth,
-    )
+    blocks = scan_layers(remat(Block, self.remat), self.depth)
     return blocks(self.eps, self.dtype, name="blocks")(x, None)[0]
 
 

@@ -176,10 +176,7 @@ def stack(block: nn.Module, length: int, x: Array) -> Array:
   def step(block, x, _):
     return block(x), None
 
-  return scan_layers(
-    step,
-    length=length,
-  )(block, x, None)[0]
+  return scan_layers(step, length)(block, x, None)[0]
 
 
 class Table(nn.Module):

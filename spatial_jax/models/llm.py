@@ -288,8 +288,8 @@ class Model(nn.Module):
       )
     self.blocks = scan_layers(
       remat(Block, self.remat),
+      self.layers,
       in_axes=(0, *[nn.broadcast] * 4, 0, 0, nn.broadcast),
-      length=self.layers,
       unroll=self.unroll,
     )(**self.block_options)
     self.norm = _norm(self)

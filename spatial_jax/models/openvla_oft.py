@@ -161,10 +161,7 @@ class Head(nn.Module):
   def __call__(self, x: Float[Array, "B K AD"]) -> Float[Array, "B K A"]:
     x = LayerNorm(1e-5, self.dtype, name="in_norm")(x)
     x = nn.relu(Dense(self.width, dtype=self.dtype, name="up")(x))
-    blocks = scan_layers(
-      Residual,
-      length=self.layers,
-    )
+    blocks = scan_layers(Residual, self.layers)
     x, _ = blocks(self.dtype, name="blocks")(x, None)
     x = LayerNorm(1e-5, self.dtype, name="out_norm")(x)
     return Dense(self.actions, dtype=self.dtype, name="down")(x)

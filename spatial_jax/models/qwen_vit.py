@@ -297,8 +297,8 @@ class Model(nn.Module):
     block, is_full = remat(Block, self.remat), jnp.array(is_full)
     blocks = scan_layers(
       block,
+      self.layers,
       in_axes=(0, *[nn.broadcast] * 3, 0, nn.broadcast),
-      length=self.layers,
       unroll=self.unroll,
     )(*options, name="blocks")
     pruned = {}

@@ -61,10 +61,7 @@ class Tower(nn.Module):
       tower.width, tower.patch, dtype=self.dtype
     )
     self.position_embed = vit.Embedding(tower.side**2, tower.width)
-    self.blocks = scan_layers(
-      vit.Block,
-      length=tower.layers,
-    )(*options, **more)
+    self.blocks = scan_layers(vit.Block, tower.layers)(*options, **more)
 
   def embed(
     self, images: Float[Array, "B height width 3"]

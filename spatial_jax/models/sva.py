@@ -243,8 +243,8 @@ class Sampler(nn.Module):
   ) -> tuple[Float[Array, "B Q D"], Float[Array, "depth B Q D"]]:
     layers = scan_layers(
       remat(Layer, self.remat),
+      self.depth,
       in_axes=(nn.broadcast,),
-      length=self.depth,
     )
     return layers(
       self.width, self.heads, self.separate, self.dtype, name="layers"

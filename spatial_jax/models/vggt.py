@@ -241,10 +241,9 @@ class Aggregator(nn.Module):
     slots = np.searchsorted(self.keep, np.arange(self.depth))
     shape = int(slots[-1]) + 1, *x.shape[:-1], 2 * self.width
     kept = jnp.zeros(shape, x.dtype)
-    (_, kept), _ = scan_layers(
-      step,
-      length=self.depth,
-    )(pair, (x, kept), jnp.asarray(slots))
+    (_, kept), _ = scan_layers(step, self.depth)(
+      pair, (x, kept), jnp.asarray(slots)
+    )
     return kept[: len(self.keep)]
 
   def _special(self, B, F):

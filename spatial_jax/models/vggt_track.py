@@ -209,10 +209,9 @@ class Refine(nn.Module):
     virtual = jnp.broadcast_to(
       virtual, (x.shape[0], self.virtual, *x.shape[2:])
     )
-    layers = scan_layers(
-      Layer,
-      length=self.depth,
-    )(self.heads, self.virtual, name="layers")
+    layers = scan_layers(Layer, self.depth)(
+      self.heads, self.virtual, name="layers"
+    )
     y = layers(jnp.concatenate([x, virtual], axis=1), None)[0][:, :N]
     y = LayerNorm(1e-5, name="output_norm")(y + x)
     return _dense(outputs, "change")(y).swapaxes(1, 2)

@@ -328,8 +328,8 @@ class Model(nn.Module):
       count = self.layers
     blocks = scan_layers(
       remat(Block, self.remat),
+      count,
       in_axes=(0, *[nn.broadcast] * 3),
-      length=count,
       unroll=self.unroll,
     )
     if count < self.layers:

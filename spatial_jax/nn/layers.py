@@ -26,8 +26,9 @@ from spatial_jax.types import Array, Float, Int
 def scan_layers(block: Any, length: int, **kwargs: Any) -> Any:
   """`nn.scan` of a block, with a stack of parameters [length ...].
 
-  It is traced once less than by default, which would look for outputs that are
-  the same for all layers; no block here has any.
+  What blocks sow is stacked as well. It is traced once less than by default,
+  which would look for outputs that are the same for all layers; no block here
+  has any.
   """
   return nn.scan(
     block,
