@@ -121,7 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {"name": "spatial_jax.evaluators.vsi", "every": 0, "split": "test"}
   )
   if arg.test:
-    c.steps, c.batch_size = 2, 8
+    c.steps, c.batch_size, c.optimizer.muon.iterations = 2, 8, 1
     c.model.vit = ConfigDict({"width": 24, "heads": 1, "mlp": 32, "layers": 1})
     c.model.vit.out_width = 32
     c.model.llm.update({"width": 32, "heads": 1, "kv_heads": 1, "mlp": 32})

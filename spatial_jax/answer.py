@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spatial_jax import checkpoint, evaluate, generate, sharding
@@ -81,7 +80,7 @@ def ask(
     group = asked[first : first + config.batch_size]
     rows = [row for row, _ in group]
     rows += [rows[-1]] * (config.batch_size - len(rows))  # static shape
-    batch = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
+    batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     tokens, lengths = generate.generate(
       system.model,
       params,

@@ -248,6 +248,14 @@ def _load(reader, entry, leaf, place, pool, workers):
   return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
+def _on_host(part, layer):
+  """A layer of a stack, or all of what is no stack; alone in the host's memory,
+  unless it was there before."""
+  if layer is not None and not trees.is_on_host(part):
+    part, layer = part[layer], None
+  return np.asarray(part) if layer is None else np.asarray(part)[layer]
+
+
 def _outputs(row, leaves, release, dtype):
   """The tensors that a row writes."""
   names, path, *special = row
@@ -271,7 +279,7 @@ def _outputs(row, leaves, release, dtype):
   def make(i):
     tensors = [
       hf_arrays.to_tensor(
-        np.asarray(part if i is None else part[i]), alias, one, custom, wanted
+        _on_host(part, i), alias, one, custom, wanted
       )
       for part, one in zip(parts, paths, strict=True)
     ]

@@ -96,3 +96,11 @@ def diff(got: Any, want: Any) -> str:
         f"expected {b.dtype}{list(b.shape)}"
       )
   return "\n".join(sorted(lines))
+
+
+def is_on_host(x: Any) -> bool:
+  """Whether `np.asarray` reads it in place: NumPy's, or of one CPU device."""
+  if not isinstance(x, jax.Array):
+    return True
+  devices = x.devices()
+  return len(devices) == 1 and {d.platform for d in devices} == {"cpu"}

@@ -26,7 +26,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 # devices. With one thread a device, two collectives that may run in any order
 # can hold them all, each waiting for devices that the other one holds.
 os.environ["NPROC"] = "64"
-# One compilation cache for all test processes, their children and later runs.
+# One compilation cache for the child processes of tests and for later runs.
 # With a size it is locked while it is read or written.
 _root = pathlib.Path(__file__).parents[1]
 os.environ.setdefault(
@@ -38,14 +38,27 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Writing programs takes a tenth of a test's time, and few are compiled twice.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # Numbers alone, in a hundred thousand calls: not worth checking below.
 importlib.import_module("spatial_jax.world.placement")
 
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _jaxtyped_if_annotated(*, typechecker):
+  """Closures without annotations are made, and would be wrapped, at each call."""
+  wrap = _jaxtyped(typechecker=typechecker)
+  return lambda fn: wrap(fn) if getattr(fn, "__annotations__", True) else fn
+
+
 # Every annotation of the package is checked at each call, in tests only.
 # An int passes for a float, as type checkers have it.
+jaxtyping.jaxtyped = _jaxtyped_if_annotated
 jaxtyping.install_import_hook(
   "spatial_jax",
   "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -65,6 +78,16 @@ def _forget_programs():
   """Compiled programs of one file are of no use to the next."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def kept_programs():
+  """The cache for a test whose commands compile the same programs again."""
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

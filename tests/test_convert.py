@@ -91,6 +91,7 @@ def test_a_dry_run_lists_all_that_does_not_fit(folder, capsys):
   assert "ignored: 2 tensors" in text
 
 
+@pytest.mark.usefixtures("kept_programs")
 def test_training_starts_from_what_was_imported(folder, tmp_path, one_device):
   config = qwen2_5_vl_sft.get_config("test")
   config.steps = 1

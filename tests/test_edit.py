@@ -45,7 +45,7 @@ def random(init):
 
   def draw(leaf):
     x = 0.3 * rng.normal(size=leaf.shape) + (leaf.ndim < 3)
-    return jnp.asarray(x, jnp.float32)
+    return jnp.asarray(x.astype(np.float32))
 
   return jax.tree.map(draw, jax.eval_shape(init))
 

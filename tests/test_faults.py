@@ -10,20 +10,25 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from spatial_jax import __main__ as cli
-from spatial_jax import checkpoint, metrics
+from spatial_jax import checkpoint, metrics, sharding
 
 # After the first unreadable array orbax closes the event loop to which the
 # readers of the others still report.
 pytestmark = [
-  pytest.mark.filterwarnings(f"ignore::pytest.{name}")
-  for name in (
-    "PytestUnraisableExceptionWarning",
-    "PytestUnhandledThreadExceptionWarning",
-  )
+  pytest.mark.usefixtures("kept_programs"),
+  *(
+    pytest.mark.filterwarnings(f"ignore::pytest.{name}")
+    for name in (
+      "PytestUnraisableExceptionWarning",
+      "PytestUnhandledThreadExceptionWarning",
+    )
+  ),
 ]
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = f"{ROOT}/tests/toy.py"
@@ -106,9 +111,18 @@ def damage(path, how):
       file.write_bytes(data[:middle] if how == "cut" else data)
 
 
-def test_a_changed_bit_is_found_by_the_checksum():
-  tree = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.zeros(2, jnp.bfloat16)}
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_changed_bit_is_found_by_the_checksum(devices):
+  """The sums are taken on the host or by the devices, which agree."""
+  tree = {
+    "w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
+    "b": np.zeros(2, jnp.bfloat16),
+    "used": np.array([True, False]),
+    "step": np.int32(-5),
+  }
   manifest = checkpoint._manifest(tree)
+  mesh = sharding.mesh(data=devices, fsdp=1, devices=jax.devices()[:devices])
+  tree = jax.device_put(tree, sharding.replicated(mesh))
   checkpoint._verify(manifest, tree, "here")
   changed = {**tree, "b": tree["b"].at[1].set(1e-30)}
   with pytest.raises(checkpoint.Corrupt, match="the bytes of b have changed"):

@@ -90,7 +90,7 @@ def tiny():
   """A decoder with all that Gemma has, its norms not at their start."""
   model = llm.Model(**GEMMA)
   params = jax.jit(model.init)(jax.random.key(0), TOKENS, TOKENS, TOKENS)
-  params = params["params"]
+  params = jax.device_get(params["params"])
   rng = np.random.default_rng(0)
   noise = {
     name: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
@@ -308,7 +308,7 @@ def test_two_streams_join_through_the_halves_of_a_block():
   xs = [data["out.prefix_hidden_0"], data["out.suffix_hidden_0"]]
   for number in range(3):
     blocks = [
-      jax.tree.map(lambda leaf: leaf[number], p["blocks"])  # noqa: B023
+      jax.tree.map(lambda x: np.asarray(x)[number], p["blocks"])  # noqa: B023
       for _, p in streams
     ]
     xs = layer(blocks, xs)

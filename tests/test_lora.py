@@ -50,9 +50,9 @@ def draw(shapes):
 
   def one(name, x):
     if name.endswith(("scale", "bias")):
-      return jnp.full(x.shape, 0.5 if "lora" in name else 1.0)
+      return np.full(x.shape, 0.5 if "lora" in name else 1.0, np.float32)
     size = 0.2 if "lora" in name else np.prod(x.shape[-2:-1]) ** -0.5
-    return jnp.asarray(rng.normal(0, size, x.shape), jnp.float32)
+    return rng.normal(0, size, x.shape).astype(np.float32)
 
   return trees.map_names(one, shapes)
 

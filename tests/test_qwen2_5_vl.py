@@ -129,7 +129,7 @@ def compare(case, outputs, source, folder):
   if "positions" in outputs:
     got = batch["positions"].transpose(1, 0, 2)[:, valid]
     np.testing.assert_array_equal(got, outputs["positions"][:, case["valid"]])
-  logits, loss, grads = evaluate(model, params, batch)
+  logits, loss, grads = jax.device_get(evaluate(model, params, batch))
   report = {
     "logits": worst(logits[valid], outputs["logits"][case["valid"]]),
     "loss": worst(loss, outputs["loss"]),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where parameters and activations lie, and that it changes no number."""
 
+import functools
 import logging
 
 import jax
@@ -16,6 +17,7 @@ from spatial_jax.models import qwen2_5_vl
 from tests import toy
 
 
+@functools.cache
 def state_after_one_step(**sizes):
   """(loss, parameters) of the toy on a mesh of these sizes."""
   config = toy.get_config()
@@ -30,7 +32,7 @@ def state_after_one_step(**sizes):
     params = jax.jit(system.init, out_shardings=placed)(jax.random.key(0))
     state = {
       "params": params,
-      "opt": optimizer.tx.init(params),
+      "opt": jax.jit(optimizer.tx.init)(params),
       "step": jnp.int32(0),
     }
     batch = next(iter(dataset))

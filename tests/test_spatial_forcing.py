@@ -236,7 +236,7 @@ def test_alignment_trains_what_is_below_its_layer_and_the_teacher_never():
 
     return jax.grad(align, has_aux=True)(params)
 
-  found, target = grads(params, None)
+  found, target = jax.device_get(grads(params, None))
   flat = trees.flatten(found)
   for name, grad in flat.items():
     assert np.all(np.isfinite(grad)), name

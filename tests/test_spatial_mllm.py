@@ -368,7 +368,7 @@ def test_gradients_reach_every_part_that_is_read():
     jax.grad(lambda p: spatial_mllm.loss(model, p, batch)[0]),
     compiler_options=OPTIONS,
   )(params)
-  for name, grad in trees.flatten(grads).items():
+  for name, grad in trees.flatten(jax.device_get(grads)).items():
     assert np.all(np.isfinite(grad)), name
     assert np.any(grad) or re.search("(key|qkv)/bias", name), name
 

@@ -165,6 +165,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
   assert float(got[0][1]["loss"]) == pytest.approx(float(got[1][1]["loss"]))
 
 
+@pytest.mark.usefixtures("kept_programs")
 def test_bfloat16_parameters_resume_with_the_same_bits(tmp_path):
   c = config(steps=4)
   c.optimizer.master = True
