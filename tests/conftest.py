@@ -51,7 +51,7 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def _jaxtyped_if_annotated(*, typechecker):
-  """Closures without annotations are made, and would be wrapped, at each call."""
+  """Closures without annotations would be wrapped each time they are made."""
   wrap = _jaxtyped(typechecker=typechecker)
   return lambda fn: wrap(fn) if getattr(fn, "__annotations__", True) else fn
 
