@@ -278,9 +278,7 @@ def _outputs(row, leaves, release, dtype):
 
   def make(i):
     tensors = [
-      hf_arrays.to_tensor(
-        _on_host(part, i), alias, one, custom, wanted
-      )
+      hf_arrays.to_tensor(_on_host(part, i), alias, one, custom, wanted)
       for part, one in zip(parts, paths, strict=True)
     ]
     return np.concatenate(tensors) if len(tensors) > 1 else tensors[0]

@@ -116,7 +116,7 @@ def test_packed_patches_come_back_and_gradients_with_them():
   rng = np.random.default_rng(1)
   kept = rng.random((3, 7, 10)) < rng.random((3, 7, 1))
   kept[0, 2], kept[1, 4], kept[2, :2] = False, True, False
-  x = jnp.asarray(rng.normal(size=(3, 70, 2)).astype("f"))
+  x = jnp.asarray(rng.normal(size=(3, 7, 10, 2)).astype("f"))
   pack = jax.jit(packing.pack, static_argnames="refill")
   pick = jax.jit(packing.pick)
   for refill in (False, True):
@@ -130,14 +130,14 @@ def test_packed_patches_come_back_and_gradients_with_them():
         assert len(set(bins)) <= 1
         assert np.all(np.diff(slots) == 1)
         assert refill or len(slots) == kept[row, number].sum()
-    back = jnp.where(kept.reshape(3, 70), p.target, -1)
-    y = pick(pick(x, p.source, p.target), back, p.source)
-    want = np.where(kept.reshape(3, 70, 1), x, 0)
-    np.testing.assert_array_equal(y, want)
+    source, target = (x.reshape(3, 7, 10) for x in (p.source, p.target))
+    back = jnp.where(kept, target, -1)
+    y = pick(pick(x, source, target), back, source)
+    np.testing.assert_array_equal(y, np.where(kept[..., None], x, 0))
   gradient = jax.jit(
-    jax.grad(lambda x: jnp.sum(packing.pick(x, p.source, p.target) ** 2))
+    jax.grad(lambda x: jnp.sum(packing.pick(x, source, target) ** 2))
   )(x)
-  there = np.asarray(p.target) >= 0
+  there = np.asarray(target) >= 0
   np.testing.assert_array_equal(gradient, np.where(there[..., None], 2 * x, 0))
 
 

@@ -122,23 +122,26 @@ class Tower(nn.Module):
         row of the batch needs more.
     """
     B, F, P = kept.shape
-    kept, x = kept.reshape(B, F * P), x.reshape(B, F * P, -1)
+    source, target = packing.source, packing.target.reshape(B, F, P)
     # Refilled patches are computed, but only their frame sees them.
-    back = jnp.where(kept, packing.target, -1)
-    is_kept = jnp.take_along_axis(kept, jnp.maximum(packing.source, 0), axis=1)
-    there = jnp.where(is_kept, packing.source, -1)
+    back = jnp.where(kept, target, -1)
+    is_kept = jnp.take_along_axis(
+      kept.reshape(B, -1), jnp.maximum(source, 0), axis=1
+    )
+    there = jnp.where(is_kept, source, -1).reshape(B, F, P)
+    source = source.reshape(B, F, P)
 
     def run(bins):
-      here = slice(0, bins * P)
-      y = packing_lib.pick(x, packing.source[:, here], packing.target)
+      y = packing_lib.pick(x, source[:, :bins], target)
       frame = packing.frame[:, :bins].reshape(B * bins, P)
       mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
       y = y.reshape(B * bins, P, -1)
       _, read = self.run(y, first, max(self.read), mask=mask)
-      return {
-        i: packing_lib.pick(y.reshape(B, bins * P, -1), back, there[:, here])
-        for i, y in read.items()
+      read = {i: y.reshape(B, bins, P, -1) for i, y in read.items()}
+      read = {
+        i: packing_lib.pick(y, back, there[:, :bins]) for i, y in read.items()
       }
+      return {i: y.reshape(B, F * P, -1) for i, y in read.items()}
 
     if max(self.read) < first:
       return {}

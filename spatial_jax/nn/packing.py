@@ -46,10 +46,13 @@ def first_fit(
     start = jnp.where(count > 0, usage[into], 0)
     return usage.at[into].add(count), (into, start)
 
-  order = jnp.argsort(-counts, stable=True)
+  number = jnp.arange(len(counts))[None]
+  mine, other = counts[:, None], counts[None]
+  earlier = (other > mine) | ((other == mine) & (number < number.T))
+  rank = jnp.sum(earlier, axis=1)
+  order = jnp.argmax(rank[None] == number.T, axis=1)
   usage, (into, start) = jax.lax.scan(put, jnp.zeros_like(counts), order)
-  back = jnp.argsort(order)
-  return into[back], start[back], usage
+  return into[rank], start[rank], usage
 
 
 def pack(kept: Bool[Array, "B F P"], *, refill: bool = True) -> Packing:
@@ -84,15 +87,20 @@ def pack(kept: Bool[Array, "B F P"], *, refill: bool = True) -> Packing:
 
 @jax.custom_vjp
 def pick(
-  x: Float[Array, "B S D"],
-  source: Int[Array, "B T"],
-  target: Int[Array, "B S"],
-) -> Float[Array, "B T D"]:
-  """x[source], zeros where that is -1.
+  x: Float[Array, "B F P D"],
+  source: Int[Array, "B G Q"],
+  target: Int[Array, "B F P"],
+) -> Float[Array, "B G Q D"]:
+  """x of the patches of a row that `source` numbers, zeros where that is -1.
 
   `target` is the inverse of `source`, so that the gradient is no scatter.
+  Patches are found by frame and place: where their number is no multiple of 8,
+  a TPU would copy what lies frame by frame into one long row.
   """
-  y = jnp.take_along_axis(x, jnp.maximum(source, 0)[..., None], axis=1)
+  frame, place = jnp.divmod(jnp.maximum(source, 0), x.shape[2])
+  y = jax.vmap(lambda x, *at: x.at[at].get(mode="promise_in_bounds"))(
+    x, frame, place
+  )
   return jnp.where((source >= 0)[..., None], y, 0)
 
 

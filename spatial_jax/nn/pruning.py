@@ -63,12 +63,14 @@ def keep(
   scores = jnp.where(info.first_mask[..., None], 100.0, scores)
   video = jnp.repeat(videos, G, axis=1)
   number = jnp.broadcast_to(jnp.arange(F * G)[None], (B, F * G))
-  *_, order = jax.lax.sort(
-    (video, scores.reshape(B, F * G), number), num_keys=2, is_stable=True
+  _, *order = jax.lax.sort(
+    (video, scores.reshape(B, F * G), number), num_keys=3, is_stable=False
   )
-  place = jnp.argsort(order, axis=-1).reshape(B, F, G)
-  rank = place - info.before[..., None]
-  stays = rank >= info.budget[..., None]
+  # The first one of its video that stays, by score and number.
+  place = info.before + info.budget
+  least, first = (jnp.take_along_axis(x, place, 1)[..., None] for x in order)
+  number = number.reshape(B, F, G)
+  stays = (scores > least) | ((scores == least) & (number >= first))
   return stays & ~info.padding_mask[..., None]
 
 

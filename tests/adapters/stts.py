@@ -171,8 +171,8 @@ def _bins(plan, kept, x):
   count = int(plan.count[0])
   frame = np.asarray(plan.frame[0, :count])
   refilled = np.array(plan.refilled_mask[0])
-  y = packing.pick(x.reshape(1, F * P, -1), plan.source, plan.target)
-  y = np.asarray(y).reshape(F, P, -1)[:count]
+  where = (x.reshape(1, F, P) for x in (plan.source, plan.target))
+  y = np.asarray(packing.pick(x[None], *where))[0, :count]
   empty = np.flatnonzero(~kept.any(axis=1))
   if len(empty) == 1:
     places[empty] = np.stack([np.full(P, -1), np.arange(P)], axis=-1)
