@@ -5,8 +5,8 @@ Frames go whole, largest first, into the first bin with room ("first-fit
 decreasing"). Bins have as many slots as a frame has patches. All shapes are
 static, and rows of the batch never mix.
 
-Letters: B batch, F frames, P patches of a frame and slots of a bin, D width,
-S source, T target.
+Letters: B batch, F frames, P patches of a frame and slots of a bin, D width; in
+`pick` G rows of Q slots.
 """
 
 from __future__ import annotations
