@@ -249,11 +249,12 @@ def _load(reader, entry, leaf, place, pool, workers):
 
 
 def _on_host(part, layer):
-  """A layer of a stack, or all of what is no stack; alone in the host's memory,
-  unless it was there before."""
-  if layer is not None and not trees.is_on_host(part):
-    part, layer = part[layer], None
-  return np.asarray(part) if layer is None else np.asarray(part)[layer]
+  """A layer of a stack; None: all of it. Accelerators send that layer only."""
+  if layer is None:
+    return np.asarray(part)
+  if trees.is_on_host(part):
+    return np.asarray(part)[layer]
+  return np.asarray(part[layer])
 
 
 def _outputs(row, leaves, release, dtype):

@@ -130,14 +130,13 @@ def test_packed_patches_come_back_and_gradients_with_them():
         assert len(set(bins)) <= 1
         assert np.all(np.diff(slots) == 1)
         assert refill or len(slots) == kept[row, number].sum()
-    source, target = (x.reshape(3, 7, 10) for x in (p.source, p.target))
-    back = jnp.where(kept, target, -1)
-    y = pick(pick(x, source, target), back, source)
+    back = jnp.where(kept, p.target, -1)
+    y = pick(pick(x, p.source, p.target), back, p.source)
     np.testing.assert_array_equal(y, np.where(kept[..., None], x, 0))
   gradient = jax.jit(
-    jax.grad(lambda x: jnp.sum(packing.pick(x, source, target) ** 2))
+    jax.grad(lambda x: jnp.sum(packing.pick(x, p.source, p.target) ** 2))
   )(x)
-  there = np.asarray(target) >= 0
+  there = np.asarray(p.target) >= 0
   np.testing.assert_array_equal(gradient, np.where(there[..., None], 2 * x, 0))
 
 

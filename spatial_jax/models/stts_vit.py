@@ -122,14 +122,12 @@ class Tower(nn.Module):
         row of the batch needs more.
     """
     B, F, P = kept.shape
-    source, target = packing.source, packing.target.reshape(B, F, P)
+    source, target = packing.source, packing.target
     # Refilled patches are computed, but only their frame sees them.
     back = jnp.where(kept, target, -1)
-    is_kept = jnp.take_along_axis(
-      kept.reshape(B, -1), jnp.maximum(source, 0), axis=1
-    )
-    there = jnp.where(is_kept, source, -1).reshape(B, F, P)
-    source = source.reshape(B, F, P)
+    number = jnp.maximum(source, 0).reshape(B, -1)
+    is_kept = jnp.take_along_axis(kept.reshape(B, -1), number, axis=1)
+    there = jnp.where(is_kept.reshape(B, F, P), source, -1)
 
     def run(bins):
       y = packing_lib.pick(x, source[:, :bins], target)

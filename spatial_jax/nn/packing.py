@@ -22,8 +22,8 @@ from spatial_jax.types import Array, Bool, Float, Int
 class Packing(NamedTuple):
   """Where patches lie in bins, as numbers of a row's patches and slots."""
 
-  source: Int[Array, "B F*P"]  # patch of each slot; -1: none
-  target: Int[Array, "B F*P"]  # slot of each patch; -1: it lies nowhere
+  source: Int[Array, "B F P"]  # patch of each slot; -1: none
+  target: Int[Array, "B F P"]  # slot of each patch; -1: it lies nowhere
   frame: Int[Array, "B F P"]  # of each slot of each bin, from 1; 0: none
   refilled_mask: Bool[Array, "B F P"]  # dropped, but computed again
   count: Int[Array, " B"]  # bins in use
@@ -76,10 +76,11 @@ def pack(kept: Bool[Array, "B F P"], *, refill: bool = True) -> Packing:
     .at[jnp.arange(B)[:, None], jnp.where(target < 0, F * P, target)]
     .set(number, mode="drop")
   )
+  source = source.reshape(B, F, P)
   return Packing(
     source,
-    target,
-    (jnp.where(source < 0, -P, source) // P + 1).reshape(B, F, P),
+    target.reshape(B, F, P),
+    jnp.where(source < 0, -P, source) // P + 1,
     there & ~kept,
     jnp.sum(usage > 0, axis=-1),
   )

@@ -70,8 +70,8 @@ def keep(
   place = info.before + info.budget
   least, first = (jnp.take_along_axis(x, place, 1)[..., None] for x in order)
   number = number.reshape(B, F, G)
-  stays = (scores > least) | ((scores == least) & (number >= first))
-  return stays & ~info.padding_mask[..., None]
+  goes = (scores < least) | ((scores == least) & (number < first))
+  return ~goes & ~info.padding_mask[..., None]
 
 
 def key_bias(

@@ -164,15 +164,15 @@ def _bins(plan, kept, x):
   nothing left, the reference makes one more bin, -1, and fills it with all of
   this frame; what is computed there is thrown away.
   """
-  F, P = kept.shape
-  target = np.asarray(plan.target[0]).reshape(F, P)
+  P = kept.shape[1]
+  target = np.asarray(plan.target[0])
   places = np.stack([target // P, target % P], axis=-1).astype(np.int32)
   places[target < 0] = 0
   count = int(plan.count[0])
   frame = np.asarray(plan.frame[0, :count])
   refilled = np.array(plan.refilled_mask[0])
-  where = (x.reshape(1, F, P) for x in (plan.source, plan.target))
-  y = np.asarray(packing.pick(x[None], *where))[0, :count]
+  y = packing.pick(x[None], plan.source, plan.target)
+  y = np.asarray(y)[0, :count]
   empty = np.flatnonzero(~kept.any(axis=1))
   if len(empty) == 1:
     places[empty] = np.stack([np.full(P, -1), np.arange(P)], axis=-1)
