@@ -123,11 +123,12 @@ def _rooms(c: ConfigDict, variant: str) -> None:
   c.model.image_token = tokenizer.token_id("<|video_pad|>")
   c.model.llm = ConfigDict({"vocab": tokenizer.vocab_size})
   side = cambrian.VARIANTS[variant]["sva"].get("side", 24)
-  frames, chunk, chunks, image = 2, 48, 4, 16 * side
+  frames, image = 2, 16 * side
   visual = frames * side * (side + 1)
+  # Of the row's length too, which is whole tiles of a TPU: 1408 tokens.
+  text_length = 192 + -(visual + 3 + 192) % 64
   c.data.source = "spatial_jax.world.dataset"
-  c.data.length = visual + 3 + chunk * chunks
-  c.model.loss_chunks = 9  # of 1395 tokens
+  c.data.length = visual + 3 + text_length
   c.data.world = ConfigDict(
     {
       "seed": 0,
@@ -137,8 +138,8 @@ def _rooms(c: ConfigDict, variant: str) -> None:
       "patch_size": image // side,
       "merge_size": 1,
       "visual_tokens": visual,
-      "text_length": chunk * chunks,
-      "chunk": chunk,
+      "text_length": text_length,
+      "chunk": text_length,
       "questions_per_room": QUESTIONS,
       "scene": scene.SIMPLE,
     }

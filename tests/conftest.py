@@ -75,9 +75,8 @@ def pytest_collection_finish():
   # This thread hands fusions to threads of XLA that compile them (jax 0.12). A
   # fusion that finds all compilers busy gets a new one, and to make one takes
   # longer than the fusion does. So those threads go first.
-  if hasattr(os, "SCHED_IDLE"):
-    jax.jit(jax.numpy.sin)(np.ones(9))  # starts them, with their own priority
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+  jax.jit(jax.numpy.sin)(np.ones(9))  # starts them, with their own priority
+  os.nice(10)
 
 
 @pytest.fixture(scope="module", autouse=True)

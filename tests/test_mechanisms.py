@@ -4,12 +4,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from spatial_jax import models, trees
+from spatial_jax.data import vision
 from spatial_jax.geometry import camera
 from spatial_jax.models import qwen2_5_vl, qwen_vit
 
@@ -122,18 +122,19 @@ def test_mechanisms_train_together_by_config_alone(name):
 def test_without_mechanisms_it_is_qwen2_5_vl():
   model, mod, params, batch = build()
   kwargs = mod.arguments(batch)
-  frames = jnp.asarray(kwargs["frames"], jnp.float32) / 255
+  frames = np.asarray(kwargs.pop("frames"), np.float32) / 255
+  frames = qwen_vit.normalise(frames)
+  vit = qwen_vit.Model(**model.vit)
+  sizes = {"patch": vit.patch, "temporal_patch": vit.temporal_patch}
+  patches = np.stack([vision.patchify(x, **sizes) for x in frames])
   names = ("vit", "llm", "grid", "image_token", "video_token")
   same = qwen2_5_vl.Model(**{name: getattr(model, name) for name in names})
-  vit = qwen_vit.Model(**model.vit)
 
   @jax.jit
   def both(params):
-    patches = qwen_vit.patchify(frames, vit.temporal_patch, vit.patch, 2)
-    rest = {k: x for k, x in kwargs.items() if k != "frames"}
     return (
-      model.apply({"params": params}, **kwargs)[0],
-      same.apply({"params": params}, **rest, patches=patches)[0],
+      model.apply({"params": params}, **mod.arguments(batch))[0],
+      same.apply({"params": params}, **kwargs, patches=patches)[0],
     )
 
   np.testing.assert_allclose(*both(params), rtol=1e-5, atol=1e-5)

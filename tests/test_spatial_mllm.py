@@ -244,13 +244,26 @@ def test_frames_side_by_side_are_in_the_order_of_merged_tokens():
   np.testing.assert_array_equal(got[0, 6 + 3 + 2], want)
 
 
-def test_patches_on_the_device_are_the_processors():
-  frames = setup()[2]["frames"].astype(np.float32) / 255
-  got = qwen_vit.patchify(frames, 2, 8, 2)
-  scaled = (frames[1] - np.float32(vision.MEAN)) / np.float32(vision.STD)
-  np.testing.assert_allclose(
-    got[1], vision.patchify(scaled, patch=8), atol=1e-6
-  )
+def test_whole_frames_are_embedded_as_the_processors_patches():
+  rng = np.random.default_rng(0)
+  frames = rng.random((2, 4, 16, 48, 3), np.float32)  # 2 x 6 patches of 8
+  frames = np.array(qwen_vit.normalise(frames))
+  patches = np.stack([vision.patchify(x, patch=8) for x in frames])
+  embed = qwen_vit.PatchEmbed(16, (2, 8, 8, 3), 2, "float32")
+  params = jax.jit(embed.init)(jax.random.key(0), patches)
+  want = jax.jit(embed.apply)(params, patches)
+  got = jax.jit(embed.apply)(params, frames)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (4, 12, 48), (4, 16, 32)])
+def test_frames_of_another_size_than_the_grids_are_an_error(shape):
+  vit = qwen_vit.Model(patch=8, window=0)
+  frames = jax.ShapeDtypeStruct((1, *shape, 3), np.float32)
+  with pytest.raises(ValueError, match="expected 4 of 16 x 48"):
+    jax.eval_shape(
+      functools.partial(vit.init, grid=(2, 2, 6)), jax.random.key(0), frames
+    )
 
 
 # --- caches, packing, programs ----------------------------------------------
@@ -375,7 +388,7 @@ def test_gradients_reach_every_part_that_is_read():
 
 def test_frames_that_do_not_fit_are_refused():
   model, params, batch = setup()
-  with pytest.raises(ValueError, match="expected a multiple of 2 frames"):
+  with pytest.raises(ValueError, match="a multiple of 2 frames"):
     apply(model, params, {**batch, "frames": batch["frames"][:, :3]})
   with pytest.raises(ValueError, match="one of the two"):
     apply(model, params, {**batch, "images": batch["frames"]})

@@ -201,9 +201,8 @@ class Model(nn.Module):
     """
     patches, see = None, None
     if frames is not None:
-      vit, pixels = self._vit, spatial_mllm.unit(frames)
-      sizes = vit.temporal_patch, vit.patch, vit.merge
-      patches = qwen_vit.patchify(pixels, *sizes)
+      pixels = spatial_mllm.unit(frames)
+      patches = qwen_vit.normalise(pixels)  # whole frames
       cameras = depth, intrinsics, world_from_camera
       see = functools.partial(self.see, pixels, cameras, geometry)
     if self.is_initializing():

@@ -168,7 +168,7 @@ class Model(nn.Module):
     positions: Int[Array, "B 3 T"],
     segments: Int[Array, "B T"],
     shared: Bool[Array, "B T"] | None = None,
-    patches: Float[Array, "B P C"] | None = None,
+    patches: qwen_vit.Patches | None = None,
     layout: dict[str, Array] | None = None,
     cache: llm.Cache | None = None,
     *,
@@ -236,7 +236,7 @@ class Model(nn.Module):
 
   def encode(
     self,
-    patches: Float[Array, "B P C"],
+    patches: qwen_vit.Patches,
     layout: dict[str, Array] | None = None,
     edit: edit_lib.Edits = None,
   ) -> tuple[Float[Array, "B M D"], Out]:

@@ -53,6 +53,8 @@ from spatial_jax.types import Array, Float
 
 Grid = tuple[int, int, int]
 Out = dict[str, Any]
+# Rows of patches, or whole frames.
+Patches = Float[Array, "B P C"] | Float[Array, "B F height width channels"]
 
 
 def _linear(theirs, ours):
@@ -93,21 +95,33 @@ PLAIN_KEYS = (
 
 
 class PatchEmbed(nn.Module):
-  """Convolution whose stride is its size: a product with flattened patches."""
+  """Convolution whose stride is its size: a product with flattened patches.
+
+  Of whole frames, patches are made with their channels last: the processor's
+  order, channels first, would move every single number.
+  """
 
   features: int
   size: tuple[int, int, int, int]  # temporal, y, x, channels
+  merge: int
   dtype: str
 
   @nn.compact
-  def __call__(self, patches: Float[Array, "B P C"]) -> Float[Array, "B P D"]:
+  def __call__(self, x: Patches) -> Float[Array, "B P D"]:
     # Stored as a convolution, so that the published tensor maps onto it.
-    shape = (*self.size, self.features)
-    kernel = self.param("kernel", fan_in_init, shape)
-    kernel = kernel.transpose(3, 0, 1, 2, 4).reshape(-1, self.features)
-    flat = patches.reshape(-1, kernel.shape[0]).astype(self.dtype)
-    y = flat @ kernel.astype(self.dtype)
-    return y.reshape(*patches.shape[:-1], self.features)
+    kernel = self.param("kernel", fan_in_init, (*self.size, self.features))
+    if x.ndim == 3:
+      kernel = kernel.transpose(3, 0, 1, 2, 4)
+    else:
+      (B, F, height, width, C), m = x.shape, self.merge
+      temporal, down, right, _ = self.size
+      Y, X = height // (m * down), width // (m * right)
+      shape = B, F // temporal, temporal, Y, m, down, X, m, right * C
+      #                                      T  Y  X dy dx dt  y  xC
+      x = x.reshape(shape).transpose(0, 1, 3, 6, 4, 7, 2, 5, 8)
+    kernel = kernel.reshape(-1, self.features).astype(self.dtype)
+    y = x.reshape(-1, kernel.shape[0]).astype(self.dtype) @ kernel
+    return y.reshape(x.shape[0], -1, self.features)
 
 
 class Block(nn.Module):
@@ -248,12 +262,14 @@ class Model(nn.Module):
   @nn.compact
   def __call__(
     self,
-    patches: Float[Array, "B P C"],
+    patches: Patches,
     grid: Grid | None = None,
     layout: dict[str, Array] | None = None,
     edit: edits.Edits = None,
   ) -> tuple[Float[Array, "B M E"], Out]:
     """Merged tokens and intermediates; exactly one of grid and layout.
+
+    With a grid, whole frames (see `normalise`) may come in place of patches.
 
     `out` holds "vit/embedded" [B P D] (what the first block reads),
     "vit/blocks" [L B P D] (the residual stream after each block, not there with
@@ -263,13 +279,14 @@ class Model(nn.Module):
       edit: what changes in the residual stream; see `nn.edit`.
     """
     self._check(patches, grid, layout, edit)
-    B, P, _ = patches.shape
     x = PatchEmbed(
       self.width,
       (self.temporal_patch, self.patch, self.patch, self.channels),
+      self.merge,
       self.dtype,
       name="patch_embed",
     )(patches)
+    B, P, _ = x.shape
     x = edits.apply(edit, self._add_tables(x, grid), 0)
     out = {"vit/embedded": x}
     head_dim = self.width // self.heads
@@ -411,7 +428,10 @@ class Model(nn.Module):
         f"layout of arrays, got grid={grid} and "
         f"layout={None if layout is None else sorted(layout)}"
       )
-    if patches.shape[-1] != self.patch_dim:
+    whole = patches.ndim == 5
+    if whole and grid is None:
+      raise ValueError("whole frames need a grid: layouts are of patches")
+    if not whole and patches.shape[-1] != self.patch_dim:
       raise ValueError(
         f"patches have {patches.shape[-1]} values, expected {self.patch_dim} "
         f"= {self.channels} channels x {self.temporal_patch} frames x "
@@ -423,7 +443,17 @@ class Model(nn.Module):
         raise ValueError("learned position tables need a static grid")
       return
     frames, h, w = grid
-    if frames * h * w != patches.shape[1] or h % self.merge or w % self.merge:
+    merged = not (h % self.merge or w % self.merge)
+    side = self.patch * self.merge
+    size = frames * self.temporal_patch, h * self.patch, w * self.patch
+    if whole and not (merged and patches.shape[1:4] == size):
+      raise ValueError(
+        "{} frames of {} x {} pixels".format(*patches.shape[1:4])
+        + f" do not fit grid {grid}: expected {size[0]} of {size[1]} x "
+        f"{size[2]}, a multiple of {self.temporal_patch} frames and sides that "
+        f"are multiples of {side}"
+      )
+    if not whole and not (merged and patches.shape[1] == frames * h * w):
       raise ValueError(
         f"grid {grid} does not fit {patches.shape[1]} patches per row, or its "
         f"sides are no multiples of the merge size {self.merge}"
@@ -475,34 +505,15 @@ def _attend_gathered(qkv, index, inverse):
   return y.reshape(B, P, N, H)
 
 
-def patchify(
+def normalise(
   frames: Float[Array, "B F height width 3"],
-  temporal: int,
-  patch: int,
-  merge: int,
-) -> Float[Array, "B P C"]:
-  """Patches as the processor makes them, but on the device and in rows.
-
-  Args:
-    frames: RGB in [0, 1]; they are normalised here.
-  """
-  B, F, height, width, C = frames.shape
+) -> Float[Array, "B F height width 3"]:
+  """RGB in [0, 1] as the tower reads it, with CLIP's mean and deviation."""
   mean, std = (
     jnp.asarray(x, jnp.float32)[None, None, None, None]
     for x in (vision.MEAN, vision.STD)
   )
-  frames = (frames - mean) / std
-  side = patch * merge
-  if F % temporal or height % side or width % side:
-    raise ValueError(
-      f"{F} frames of {height} x {width} pixels do not fit: expected a "
-      f"multiple of {temporal} frames and sides that are multiples of {side}"
-    )
-  Y, X = height // side, width // side
-  shape = B, F // temporal, temporal, Y, merge, patch, X, merge, patch, C
-  #                                        T  Y  X dy dx  C dt  y  x
-  x = frames.reshape(shape).transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
-  return x.reshape(B, -1, C * temporal * patch * patch)
+  return (frames - mean) / std
 
 
 def grid_positions(h: int, w: int, merge: int) -> np.ndarray:

@@ -15,7 +15,7 @@ Departures from the paper, all but the last as the published code has it:
 3. Images are two equal frames each; those of a row are one sequence for VGGT.
    v1.0 shows VGGT each image once. The published code can't take one image.
 4. The batch holds frames, as many and of one shape for all rows; rows of text
-   alone don't mention them. The device cuts them into Qwen's patches.
+   alone don't mention them. The device embeds Qwen's patches of them.
 
 VGGT is frozen as published, so its tokens may come with the batch (`geometry`);
 a model with `vggt=None` has no such weights at all.
@@ -269,10 +269,10 @@ class Model(nn.Module):
     if images is not None:
       pixels = jnp.repeat(pixels, temporal, axis=1)
       seen, repeats = (seen, temporal) if self.image_once else (pixels, 1)
-    patches = qwen_vit.patchify(pixels, temporal, vit.patch, merge)
     B, F, height, width, _ = pixels.shape
     h, w = height // vit.patch, width // vit.patch
-    merged, out = vit(patches, (F // temporal, h, w), edit=edit)
+    grid = F // temporal, h, w
+    merged, out = vit(qwen_vit.normalise(pixels), grid, edit=edit)
     if geometry is None:
       geometry, out["geometry/tokens"] = self.look(seen)
     geometry = jnp.repeat(geometry, repeats, axis=1).astype(self.dtype)
