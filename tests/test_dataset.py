@@ -11,6 +11,7 @@ from spatial_jax import models, system
 from spatial_jax.data import pipeline, text
 from spatial_jax.evaluators import vsi
 from spatial_jax.world import auxiliary, dataset, observe, targets
+from tests import tiny
 
 
 def config(arg="test"):
@@ -163,7 +164,7 @@ def test_the_vision_stage_leaves_the_language_model_alone(source):
   c = config("stage=vision,test")
   c.batch_size = 2
   built = build(c)
-  params = jax.jit(built.init)(jax.random.key(0))
+  params = tiny.random(jax.eval_shape(built.init, jax.random.key(0)))
   batch = jax.jit(built.transform)(batch_of(source, range(2)))
   grads = jax.jit(jax.grad(lambda p: built.loss(p, batch)[0]))(params)
   for leaf in jax.tree.leaves(grads["llm"]["blocks"]):
@@ -186,7 +187,7 @@ def test_a_packed_answer_is_what_the_question_alone_gets(source):
     )
     return forward(params, {k: v[None] for k, v in row.items()})[0]
 
-  params = jax.jit(build(c).init)(jax.random.key(1))
+  params = tiny.random(jax.eval_shape(build(c).init, jax.random.key(0)))
   packed = answers(asked)
   for number, question in enumerate(asked[:3]):
     alone = answers([question])[0]

@@ -12,6 +12,7 @@ from configs import stts_sft
 from spatial_jax import sharding, train
 from spatial_jax.data import molmo2, molmo2_videos, pipeline, text
 from spatial_jax.models import stts
+from tests import tiny
 
 FRAMES, GROUPS, SIDE = 4, 16, 64
 IMAGE, START, END = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
@@ -106,7 +107,8 @@ def test_a_step_trains_on_such_rows(recipe, one_device):
   with jax.set_mesh(mesh):
     step = train.prepare(recipe, example, mesh)
     shapes = jax.eval_shape(step.update, step.state, batch)[1]
-    params = jax.jit(step.system.init)(jax.random.key(0))
+    init = jax.eval_shape(step.system.init, jax.random.key(0))
+    params = tiny.random(init)
     value, (metrics, out) = jax.jit(step.system.loss)(
       params, batch, rngs={"sample": jax.random.key(0)}
     )

@@ -12,6 +12,7 @@ import pytest
 from spatial_jax.data import positions, vision
 from spatial_jax.models import llm, qwen_vit
 from spatial_jax.nn import attention as attentions
+from tests import tiny
 
 VIT = {
   "width": 16,
@@ -29,6 +30,12 @@ VIT = {
 @functools.partial(jax.jit, static_argnames=("model", "grid"))
 def run(model, params, patches, grid=None, layout=None):
   return model.apply(params, patches, grid, layout)
+
+
+def init(model, patches, grid):
+  return tiny.random(
+    jax.eval_shape(lambda: model.init(jax.random.key(0), patches, grid))
+  )
 
 
 def close(a, b):
@@ -64,7 +71,7 @@ def test_a_static_grid_equals_index_arrays(window):
   grid = (2, 6, 10)
   model = qwen_vit.Model(**{**VIT, "window": window})
   x = patches(2, 120, 12)
-  params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, grid)
+  params = init(model, x, grid)
   want, out = run(model, params, x, grid=grid)
   arrays = vision.layout([[grid], [grid]], side=window // 4)
   got, ragged = run(model, params, x, layout=arrays)
@@ -83,9 +90,7 @@ def test_a_static_grid_equals_index_arrays(window):
 def test_frames_do_not_see_each_other():
   model = qwen_vit.Model(**VIT)
   x = patches(1, 32, 12)
-  params = jax.jit(model.init, static_argnums=2)(
-    jax.random.key(0), x, (2, 4, 4)
-  )
+  params = init(model, x, (2, 4, 4))
 
   def first_frame(x):
     return jnp.sum(run(model, params, x, grid=(2, 4, 4))[0][:, :4] ** 2)
@@ -109,9 +114,7 @@ def test_learned_tables_tell_positions_and_frames_apart():
   tables = {"position_table": (4, 4), "frame_table": 2}
   model = qwen_vit.Model(**{**VIT, "window": 0}, **tables)
   x = np.ones((1, 32, 12), np.float32)
-  params = jax.jit(model.init, static_argnums=2)(
-    jax.random.key(0), x, (2, 4, 4)
-  )
+  params = init(model, x, (2, 4, 4))
   merged, _ = run(model, params, x, grid=(2, 4, 4))
   rows = {tuple(np.round(row, 5)) for row in np.asarray(merged[0]).tolist()}
   assert len(rows) == 8
