@@ -125,7 +125,7 @@ def _rooms(c: ConfigDict, variant: str) -> None:
   side = cambrian.VARIANTS[variant]["sva"].get("side", 24)
   frames, image = 2, 16 * side
   visual = frames * side * (side + 1)
-  # Of the row's length too, which is whole tiles of a TPU: 1408 tokens.
+  # Fills the row to whole tiles of a TPU, 1408 tokens for 8b.
   text_length = 192 + -(visual + 3 + 192) % 64
   c.data.source = "spatial_jax.world.dataset"
   c.data.length = visual + 3 + text_length
