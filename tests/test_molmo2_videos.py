@@ -107,8 +107,7 @@ def test_a_step_trains_on_such_rows(recipe, one_device):
   with jax.set_mesh(mesh):
     step = train.prepare(recipe, example, mesh)
     shapes = jax.eval_shape(step.update, step.state, batch)[1]
-    init = jax.eval_shape(step.system.init, jax.random.key(0))
-    params = tiny.random(init)
+    params = tiny.random(jax.eval_shape(step.system.init, jax.random.key(0)))
     value, (metrics, out) = jax.jit(step.system.loss)(
       params, batch, rngs={"sample": jax.random.key(0)}
     )

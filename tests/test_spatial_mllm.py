@@ -260,9 +260,13 @@ def test_whole_frames_are_embedded_as_the_processors_patches():
 def test_frames_of_another_size_than_the_grids_are_an_error(shape):
   vit = qwen_vit.Model(patch=8, window=0)
   frames = jax.ShapeDtypeStruct((1, *shape, 3), np.float32)
-  with pytest.raises(ValueError, match="expected 4 of 16 x 48"):
+  with pytest.raises(ValueError, match=r"for grid \(2, 2, 6\) 4 of 16 x 48"):
     jax.eval_shape(
       functools.partial(vit.init, grid=(2, 2, 6)), jax.random.key(0), frames
+    )
+  with pytest.raises(ValueError, match="whole frames need a grid"):
+    jax.eval_shape(
+      functools.partial(vit.init, layout={}), jax.random.key(0), frames
     )
 
 
@@ -388,7 +392,7 @@ def test_gradients_reach_every_part_that_is_read():
 
 def test_frames_that_do_not_fit_are_refused():
   model, params, batch = setup()
-  with pytest.raises(ValueError, match="a multiple of 2 frames"):
+  with pytest.raises(ValueError, match="expected a multiple of 2 frames"):
     apply(model, params, {**batch, "frames": batch["frames"][:, :3]})
   with pytest.raises(ValueError, match="one of the two"):
     apply(model, params, {**batch, "images": batch["frames"]})

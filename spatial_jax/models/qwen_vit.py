@@ -443,17 +443,17 @@ class Model(nn.Module):
         raise ValueError("learned position tables need a static grid")
       return
     frames, h, w = grid
-    merged = not (h % self.merge or w % self.merge)
-    side = self.patch * self.merge
-    size = frames * self.temporal_patch, h * self.patch, w * self.patch
-    if whole and not (merged and patches.shape[1:4] == size):
+    merges = not (h % self.merge or w % self.merge)
+    temporal, side = self.temporal_patch, self.patch * self.merge
+    size = frames * temporal, h * self.patch, w * self.patch
+    if whole and not (merges and patches.shape[1:4] == size):
       raise ValueError(
         "{} frames of {} x {} pixels".format(*patches.shape[1:4])
-        + f" do not fit grid {grid}: expected {size[0]} of {size[1]} x "
-        f"{size[2]}, a multiple of {self.temporal_patch} frames and sides that "
-        f"are multiples of {side}"
+        + f" do not fit: expected a multiple of {temporal} frames and sides "
+        f"that are multiples of {side}, for grid {grid} "
+        "{} of {} x {}".format(*size)
       )
-    if not whole and not (merged and patches.shape[1] == frames * h * w):
+    if not whole and not (merges and patches.shape[1] == frames * h * w):
       raise ValueError(
         f"grid {grid} does not fit {patches.shape[1]} patches per row, or its "
         f"sides are no multiples of the merge size {self.merge}"
