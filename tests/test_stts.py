@@ -15,7 +15,7 @@ from spatial_jax import generate, hf, models, sharding, trees
 from spatial_jax import system as systems
 from spatial_jax.data import molmo2 as processing
 from spatial_jax.data import stts as data
-from spatial_jax.models import llm, molmo2, stts, stts_vit
+from spatial_jax.models import llm, molmo2, stts, stts_vit, vit
 from spatial_jax.nn import packing, pruning
 from tests import manifests
 from tests.towers import TOLERANCE, jit, worst
@@ -33,6 +33,7 @@ def config(**more):
 @functools.cache
 def shapes_of(variant):
   c = config(variant=variant)
+  c.data.length = F * 81 + 60  # groups of 3 x 3 patches
   model, mod = models.build(c)
   return jax.eval_shape(
     lambda key, batch: model.init(key, **mod.arguments(batch))["params"],
@@ -244,11 +245,11 @@ def test_a_model_that_drops_nothing_is_molmo2():
 
 
 def test_fewer_bins_change_no_number_whether_they_suffice_or_not():
-  tower = stts_vit.Tower(tiny().vision["vit"], (3,))
+  tower = stts_vit.Tower(tiny().vision["vit"], (3, 2))
   rng = np.random.default_rng(5)
   counts = np.array([[64, 20, 20, 10], [40, 40, 20, 5]])  # in two bins each
   kept = rng.permuted(np.arange(64) < counts[..., None], axis=-1)
-  x, weight = rng.normal(size=(2, B, F, 64, 32)).astype("f")
+  x, *weights = rng.normal(size=(3, B, F, 64, 32)).astype("f")
   plan = jax.jit(packing.pack)(kept)
   assert list(plan.count) == [2, 2]
 
@@ -256,7 +257,8 @@ def test_fewer_bins_change_no_number_whether_they_suffice_or_not():
     read = tower.apply(
       {"params": params}, x, kept, plan, 2, bins, method="run_packed"
     )
-    return jnp.sum(weight.reshape(B, -1, 32) * read[3])
+    terms = zip(weights, (read[3], read[2]), strict=True)
+    return sum(jnp.sum(w.reshape(B, -1, 32) * y) for w, y in terms)
 
   step = jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
   want = jax.device_get(step(params()["vision"]["vit"], x, F))
@@ -264,6 +266,34 @@ def test_fewer_bins_change_no_number_whether_they_suffice_or_not():
     got = jax.device_get(step(params()["vision"]["vit"], x, bins))
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
       assert np.max(np.abs(a - b)) <= TOLERANCE * max(np.max(np.abs(b)), 1)
+
+
+def test_rows_that_fill_tiles_change_no_number(monkeypatch):
+  """Frames of 25 patches: 32 rows on a TPU, and the decoder knows nothing."""
+  sizes = {"vit": {**tiny().vision["vit"], "image": 40}, "bins": 0.75}
+  model = tiny(vision=sizes)
+  rows = batch()
+  rows["images"] = rows["images"][:, :, :40, :40]
+  number = np.cumsum(rows["tokens"] == IMAGE, axis=1)
+  rows["tokens"][number > F * 9] = 7  # tokens of 3 x 3 groups a frame are left
+  own = dict(params(), vision=dict(params()["vision"]))
+  own["vision"]["vit"] = dict(own["vision"]["vit"])
+  own["vision"]["vit"]["position_embed"] = {
+    "embedding": own["vision"]["vit"]["position_embed"]["embedding"][:25]
+  }
+
+  def loss(params):
+    logits, out = model.apply({"params": params}, **rows)
+    features = out["vit/features"]
+    return jnp.sum(logits**2) + jnp.sum(features**2), (logits, features)
+
+  step = jax.value_and_grad(loss, has_aux=True)
+  want = jax.device_get(jit(step)(own))
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  assert vit.on_tiles(jnp.zeros((1, 25, 2))).shape == (1, 32, 2)
+  got = jax.device_get(jit(lambda params: step(params))(own))
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    assert np.max(np.abs(a - b)) <= TOLERANCE * max(np.max(np.abs(b)), 1)
 
 
 def test_generation_goes_on_behind_the_tokens_left():

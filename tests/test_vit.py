@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_jax import hf, trees
+from spatial_jax import hf, sharding, trees
 from spatial_jax.models import vit, vit_keys
 from spatial_jax.nn.resize import resize
 from tests.towers import (
@@ -72,6 +72,25 @@ def test_read_blocks_equal_those_of_the_stack():
   _, out = run(model, params, images)
   np.testing.assert_array_equal(out["vit/read"][0], out["vit/blocks"][2])
   np.testing.assert_array_equal(out["vit/read"][1], out["vit/blocks"][0])
+
+
+def test_rows_that_fill_tiles_change_no_number(monkeypatch):
+  """19 tokens are 24 rows on a TPU, for whose matrices that is no copy."""
+  model = tiny(read=(0,))
+  params, images = random_params(model), images_of(2, 16, 16)
+
+  def total(params):
+    tokens, out = model.apply({"params": params}, images)
+    read = out["vit/read"], out["vit/blocks"], out["vit/tokens"]
+    return jnp.sum(tokens**3), read
+
+  step = jax.value_and_grad(total, has_aux=True)
+  want = jax.device_get(jit(step)(params))
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  assert vit.on_tiles(jnp.zeros((1, 19, 2))).shape == (1, 24, 2)
+  got = jax.device_get(jit(lambda params: step(params))(params))
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    assert worst(a, b) <= TOLERANCE
 
 
 def test_intermediates_cost_no_memory_where_they_are_not_used():

@@ -32,7 +32,7 @@ from flax import linen as nn
 from spatial_jax import losses, sharding
 from spatial_jax.models import llm_variants
 from spatial_jax.nn import edit as edits
-from spatial_jax.nn import rope
+from spatial_jax.nn import rope, slots
 from spatial_jax.nn.attention import KEPT, attention, chunked, packed_mask
 from spatial_jax.nn.layers import (
   AdaptiveRMSNorm,
@@ -494,7 +494,11 @@ def place(
     hot = jax.nn.one_hot(index, merged.shape[1], dtype=merged.dtype)
     image = jnp.einsum("btm,bmd->btd", hot, merged)
   else:
-    image = jnp.take_along_axis(merged, index[..., None], axis=1)
+    M = merged.shape[1]
+    count = jnp.cumsum(is_image, axis=1)[:, None]
+    # Of the k-th image token; beyond the row if there is none.
+    at = jnp.sum(count <= jnp.arange(M)[None, :, None], axis=-1)
+    image = slots.pick(merged, index, at)
   return jnp.where(is_image[..., None], image, embeddings)
 
 

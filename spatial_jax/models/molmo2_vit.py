@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -77,15 +78,19 @@ class Connector(nn.Module):
     """Tokens, and which of them have patches.
 
     Args:
-      pooling: numbers of each token's patches; -1 is none.
+      pooling: numbers of each token's patches; -1 is none. No patch belongs to
+        two tokens.
     """
     B, Q, S = pooling.shape
     valid = pooling >= 0
-    index = jnp.maximum(pooling, 0).reshape(B, Q * S, 1)
-    patches = jnp.take_along_axis(features, index, axis=1)
+    # No number occurs twice: gradients needn't be sorted and added.
+    beyond = features.shape[1] + jnp.arange(Q * S).reshape(1, Q, S)
+    index = jnp.where(valid, pooling, beyond).reshape(B, Q * S)
+    patches = jax.vmap(
+      lambda x, at: x.at[at].get(mode="fill", fill_value=0, unique_indices=True)
+    )(features, index)
     patches = patches.reshape(B * Q, S, -1)
     mask = valid.reshape(B * Q, S)
-    patches = jnp.where(mask[..., None], patches, 0)
     count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
     mean = jnp.sum(patches, axis=1) / count.astype(patches.dtype)
 

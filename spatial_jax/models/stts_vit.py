@@ -10,9 +10,9 @@ of the groups left [B M E].
 What `nn.pruning` and `nn.packing` compute is in their docstrings. Parameters
 are those of `molmo2_vit.Model` and the scorer's.
 
-Letters: B batch, F frames, P patches of a frame, G groups of a frame, Q groups
-of a row, M of these that stay, S patches of a group, C channels, D width, E out
-width.
+Letters: B batch, F frames, P patches of a frame, U rows that hold them, G
+groups of a frame, Q groups of a row, M of these that stay, S patches of a
+group, C channels, D width, E out width.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spatial_jax.nn import packing as packing_lib
 from spatial_jax.nn import pruning, scorer
 from spatial_jax.nn.attention import share
 from spatial_jax.nn.layers import scan_layers
+from spatial_jax.nn.slots import in_front
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -65,55 +66,73 @@ class Tower(nn.Module):
 
   def embed(
     self, images: Float[Array, "B height width 3"]
-  ) -> Float[Array, "B P D"]:
-    """What the first block reads."""
+  ) -> Float[Array, "B U D"]:
+    """What the first block reads, see `vit.on_tiles`."""
     x = self.patch_embed(images)
     table = self.position_embed().astype(self.dtype)
-    x = x.reshape(x.shape[0], -1, x.shape[-1]) + table[None]
+    x = vit.on_tiles(x.reshape(x.shape[0], -1, x.shape[-1]) + table[None])
     if self.is_initializing():
       self.blocks((x, ()), jnp.arange(self.tower.layers))
     return x
 
   def run(
     self,
-    x: Float[Array, "B P D"],
+    x: Float[Array, "B U D"],
     first: int,
     last: int,
     *,
+    tokens: int = 0,
     mask: Bool[Array, "B P P"] | None = None,
     bias: Float[Array, "B 1 P"] | None = None,
-  ) -> tuple[Float[Array, "B P D"], Read]:
-    """Blocks first..last: the last one's output, and those to be read."""
+    at_once: bool = False,
+  ) -> tuple[Float[Array, "B U D"], Read]:
+    """Blocks first..last: the last one's output, and those to be read.
+
+    Args:
+      x: see `vit.on_tiles`; the first `tokens` of a frame are its patches.
+      at_once: one loop over the blocks, which carries what is to be read; by
+        default each of these ends a loop: faster, but more to compile.
+    """
     read = {}
-    for stop in sorted({i for i in self.read if first <= i < last} | {last}):
-      x = self._scan(x, first, stop, mask, bias)
+    stops = sorted({i for i in self.read if first <= i < last} | {last})
+    for stop in stops[-1:] if at_once else stops:
+      x, kept = self._scan(x, first, stop, tokens, mask, bias)
       first = stop + 1
-      if stop in self.read:
-        read[stop] = x
+      read |= kept
     return x, read
 
-  def _scan(self, x, first, last, mask, bias):
+  def _scan(self, x, first, last, tokens, mask, bias):
     if self.is_initializing():  # `embed` makes all parameters
-      return x
-    block = self.block()
+      return x, {i: x for i in self.read if first <= i <= last}
+    between = tuple(i for i in self.read if first <= i < last)
+    block = self.block(tokens=tokens, read=between)
 
-    def step(x, params):
-      (x, _), _ = block.apply({"params": params}, (x, ()), 0, mask, bias)
-      return x, None
+    def step(carry, layer):
+      number, params = layer
+      carry, _ = block.apply({"params": params}, carry, number, mask, bias)
+      return carry, None
 
     params = self.blocks.variables["params"]
     params = jax.tree.map(lambda p: p[first : last + 1], params)
-    return jax.lax.scan(step, x, params, unroll=self.tower.unroll)[0]
+    carry = x, (jnp.zeros_like(x),) * len(between)
+    (x, kept), _ = jax.lax.scan(
+      step,
+      carry,
+      (jnp.arange(first, last + 1), params),
+      unroll=self.tower.unroll,
+    )
+    read = dict(zip(between, kept, strict=True))
+    return x, read | ({last: x} if last in self.read else {})
 
   def run_packed(
     self,
-    x: Float[Array, "B F P D"],
+    x: Float[Array, "B F U D"],
     kept: Bool[Array, "B F P"],
     packing: packing_lib.Packing,
     first: int,
     bins: int,
   ) -> Read:
-    """Outputs [B F*P D] to be read from block `first` on.
+    """Outputs [B F*U D] to be read from block `first` on.
 
     They are zeros at what isn't kept.
 
@@ -121,7 +140,7 @@ class Tower(nn.Module):
       bins: rows that frames are packed in; as many as there are frames where a
         row of the batch needs more.
     """
-    B, F, P = kept.shape
+    (B, F, P), U = kept.shape, x.shape[2]
     source, target = packing.source, packing.target
     # Refilled patches are computed, but only their frame sees them.
     back = jnp.where(kept, target, -1)
@@ -129,17 +148,21 @@ class Tower(nn.Module):
     is_kept = jnp.take_along_axis(kept.reshape(B, -1), number, axis=1)
     there = jnp.where(is_kept.reshape(B, F, P), source, -1)
 
-    def run(bins):
-      y = packing_lib.pick(x, source[:, :bins], target)
+    def wide(patches):
+      gap = [(0, 0), (0, 0), (0, U - P)]
+      return jnp.pad(rows_of(patches, P, U), gap, constant_values=-1)
+
+    def run(bins, at_once=False):
+      y = packing_lib.pick(x, wide(source[:, :bins]), wide(target))
       frame = packing.frame[:, :bins].reshape(B * bins, P)
       mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
-      y = y.reshape(B * bins, P, -1)
-      _, read = self.run(y, first, max(self.read), mask=mask)
-      read = {i: y.reshape(B, bins, P, -1) for i, y in read.items()}
-      read = {
-        i: packing_lib.pick(y, back, there[:, :bins]) for i, y in read.items()
-      }
-      return {i: y.reshape(B, F * P, -1) for i, y in read.items()}
+      y = y.reshape(B * bins, U, -1)
+      more = {"tokens": P, "mask": mask, "at_once": at_once}
+      _, read = self.run(y, first, max(self.read), **more)
+      read = {i: y.reshape(B, bins, U, -1) for i, y in read.items()}
+      numbers = wide(back), wide(there[:, :bins])
+      read = {i: packing_lib.pick(y, *numbers) for i, y in read.items()}
+      return {i: y.reshape(B, F * U, -1) for i, y in read.items()}
 
     if max(self.read) < first:
       return {}
@@ -154,8 +177,14 @@ class Tower(nn.Module):
       products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       few = jax.checkpoint(few, policy=products)
     few = share(few, 1, 1)
-    rest = share(jax.checkpoint(lambda: run(F)), 0, 1)
+    rest = share(jax.checkpoint(lambda: run(F, at_once=True)), 0, 1)
     return jax.lax.cond(fits, few, rest)
+
+
+def rows_of(patches: Array, P: int, U: int) -> Array:
+  """Rows of patches in frames of U rows each, by number; -1 stays -1."""
+  frame, place = jnp.divmod(patches, P)
+  return jnp.where(patches < 0, -1, frame * U + place)
 
 
 class Model(nn.Module):
@@ -201,24 +230,27 @@ class Model(nn.Module):
     tower = Tower(self.vit, self.read, self.dtype, self.remat, name="vit")
     groups = self.groups(images.shape[2])
     after = self.after
+    P = (images.shape[2] // self.vit["patch"]) ** 2
     x = tower.embed(images.reshape(B * F, *images.shape[2:]))
-    x, read = tower.run(x, 0, after)
-    x = x.reshape(B, F, *x.shape[1:])
-    bias, kept, out = self._score(x, groups, videos)
-    x = x.reshape(B * F, *x.shape[2:])
-    bias = bias.reshape(B * F, 1, -1)
-    x, more = tower.run(x, after + 1, after + 1, bias=bias)
-    x = out["vit/biased"] = x.reshape(*kept.shape, -1)
+    U = x.shape[1]
+
+    def frames(x):
+      return x.reshape(B, F, U, -1)[:, :, :P]
+
+    x, read = tower.run(x, 0, after, tokens=P)
+    bias, kept, out = self._score(frames(x), groups, videos)
+    bias = bias.reshape(B * F, 1, P)
+    x, more = tower.run(x, after + 1, after + 1, tokens=P, bias=bias)
+    out["vit/biased"] = frames(x)
     out["prune/packing"] = packing = packing_lib.pack(kept, refill=self.refill)
-    read = {
-      i: y.reshape(B, F * y.shape[1], -1) for i, y in (read | more).items()
-    }
+    read = {i: y.reshape(B, F * U, -1) for i, y in (read | more).items()}
     bins = math.ceil(F * self.bins)
+    x = x.reshape(B, F, U, -1)
     read |= tower.run_packed(x, kept, packing, after + 2, bins)
     features = jnp.concatenate([read[i] for i in self.read], axis=-1)
     merged, stays = self._pool(features, pooling, kept, slots)
-    out |= {"vit/features": features, "vit/merged": merged}
-    return merged, stays, {**out, "prune/stays": stays}
+    out["vit/features"] = frames(features).reshape(B, F * P, -1)
+    return merged, stays, {**out, "vit/merged": merged, "prune/stays": stays}
 
   def _score(self, x, groups, videos):
     """Bias of the next block [B F P], patches left [B F P], intermediates."""
@@ -239,14 +271,16 @@ class Model(nn.Module):
 
   def _pool(self, features, pooling, kept, slots):
     """Tokens of the first groups with a patch left, and which have [B Q]."""
-    kept = kept.reshape(kept.shape[0], -1)
+    B, F, P = kept.shape
+    U = features.shape[1] // F  # rows of a frame, as in `embed`
+    kept = kept.reshape(B, -1)
     index = jnp.maximum(pooling, 0).reshape(pooling.shape[0], -1)
     stays = jnp.take_along_axis(kept, index, axis=1).reshape(pooling.shape)
     stays = jnp.any(stays & (pooling >= 0), axis=-1)
-    order = jnp.argsort(~stays, axis=1, stable=True)[:, :slots]
+    order, _ = in_front(stays, slots)
     there = jnp.take_along_axis(stays, order, axis=1)
     left = jnp.take_along_axis(pooling, order[..., None], axis=1)
-    left = jnp.where(there[..., None], left, -1)
+    left = jnp.where(there[..., None], rows_of(left, P, U), -1)
     connector = molmo2_vit.Connector(
       self.width,
       self.heads,

@@ -17,8 +17,8 @@ Departures from the papers:
 2. SigLIP's pooling head is only there with `pool`; `vit_keys.IGNORE` has its
    tensors otherwise, and DINOv2's token for masked training.
 
-Letters: B batch, T tokens, D width, L layers, R layers that are read, h w patch
-grid, C channels.
+Letters: B batch, T tokens, U rows that hold them, D width, L layers, R layers
+that are read, h w patch grid, C channels.
 """
 
 from __future__ import annotations
@@ -53,35 +53,43 @@ VARIANTS = vit_variants.VARIANTS
 
 
 class Attention(nn.Module):
-  """Bidirectional self-attention with biases."""
+  """Bidirectional self-attention with biases.
+
+  The first `tokens` attend to each other; what `on_tiles` put behind them gets
+  zeros.
+  """
 
   heads: int
   dtype: str = "float32"
+  tokens: int = 0  # 0: all
 
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B U D"],
     mask: Bool[Array, "B T T"] | None = None,
     bias: Float[Array, "B 1 T"] | None = None,
-  ) -> Float[Array, "B T D"]:
-    B, T, D = x.shape
+  ) -> Float[Array, "B U D"]:
+    B, U, D = x.shape
+    T = self.tokens or U
 
     def project(name):
       y = Dense(D, dtype=self.dtype, name=name)(x)
-      y = y.reshape(B, T, self.heads, D // self.heads)
+      y = y.reshape(B, U, self.heads, D // self.heads)[:, :T]
       return sharding.constrain(y, "batch patches act_heads head_dim")
 
     heads = project("query"), project("key"), project("value")
-    y = attention(*heads, mask, bias)
-    return Dense(D, dtype=self.dtype, name="out")(y.reshape(B, T, D))
+    y = attention(*heads, mask, bias).reshape(B, T, D)
+    y = jnp.pad(y, [(0, 0), (0, U - T), (0, 0)])
+    return Dense(D, dtype=self.dtype, name="out")(y)
 
 
 class Block(nn.Module):
   """One layer, shaped for a scan: ((x, kept), index) -> ((x, kept), x).
 
   `kept` has, for each number in `read`, the output of the block of this index.
-  `mask` and `bias` are those of `nn.attention.attention`.
+  `mask` and `bias` are those of `nn.attention.attention`, `tokens` is that of
+  `Attention`.
   """
 
   heads: int
@@ -92,12 +100,14 @@ class Block(nn.Module):
   eps: float = 1e-6
   dtype: str = "float32"
   read: tuple[int, ...] = ()
+  tokens: int = 0
 
   @nn.compact
   def __call__(self, carry, index, mask=None, bias=None, edit=None):
     x, kept = carry
     y = LayerNorm(self.eps, self.dtype, name="attention_norm")(x)
-    y = Attention(self.heads, self.dtype, name="attention")(y, mask, bias)
+    attend = Attention(self.heads, self.dtype, self.tokens, name="attention")
+    y = attend(y, mask, bias)
     x = self._add(x, y, "attention_scale")
     y = LayerNorm(self.eps, self.dtype, name="mlp_norm")(x)
     if self.gated:
@@ -117,6 +127,16 @@ class Block(nn.Module):
     if self.layer_scale:
       y = Scale(dtype=self.dtype, name=name)(y)
     return sharding.constrain(x + y, "batch patches act_embed")
+
+
+def on_tiles(x: Float[Array, "B T D"]) -> Float[Array, "B U D"]:
+  """The tokens, on a TPU with zeros behind them up to a whole tile of rows.
+
+  Layers multiply the tokens of all images as one matrix. Where T is no multiple
+  of 8, that would be a copy, there and back, in every layer.
+  """
+  rows = -x.shape[1] % 8 if sharding.platform() == "tpu" else 0
+  return jnp.pad(x, [(0, 0), (0, rows), (0, 0)])
 
 
 class Embedding(nn.Module):
@@ -145,8 +165,8 @@ class PatchEmbed(nn.Module):
   ) -> Float[Array, "B h w D"]:
     B, height, width, C = images.shape
     p, h, w = self.patch, height // self.patch, width // self.patch
-    x = images[:, : h * p, : w * p].reshape(B, h, p, w, p, C)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B * h * w, p * p * C)
+    x = images[:, : h * p, : w * p].reshape(B, h, p, w, p * C)
+    x = x.transpose(0, 1, 3, 2, 4).reshape(B * h * w, p * p * C)
     # Stored as a convolution, so that the published tensor maps onto it.
     kernel = self.param("kernel", fan_in_init, (p, p, C, self.features))
     kernel = kernel.reshape(-1, self.features).astype(self.dtype)
@@ -336,7 +356,10 @@ class Model(nn.Module):
       blocks = nn.map_variables(
         blocks, "params", lambda tree: jax.tree.map(lambda p: p[:count], tree)
       )
-    return blocks(
+    T = x.shape[1]
+    # An edit may be of any tokens, so it gets no others.
+    x = x if edit is not None else on_tiles(x)
+    (x, kept), each = blocks(
       self.heads,
       self.mlp,
       self.activation,
@@ -345,6 +368,7 @@ class Model(nn.Module):
       self.eps,
       self.dtype,
       self.read,
+      T,
       name="blocks",
     )(
       (x, (jnp.zeros_like(x),) * len(self.read)),
@@ -353,3 +377,4 @@ class Model(nn.Module):
       None,
       edit,
     )
+    return (x[:, :T], tuple(y[:, :T] for y in kept)), each[:, :, :T]

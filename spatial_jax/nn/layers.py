@@ -255,9 +255,7 @@ class Embed(nn.Module):
     init = nn.initializers.normal(self.std)
     self.embedding = self.param("embedding", init, (self.count, self.width))
     if self.extra:
-      self.new = Embed(
-        self.extra, self.width, self.std, self.one_hot, self.dtype
-      )
+      self.new = Embed(self.extra, self.width, self.std, True, self.dtype)
 
   def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b D"]:
     table = self.embedding.astype(self.dtype)
@@ -284,7 +282,8 @@ def lookup(
   if not one_hot:
     return _take(table, ids)
   hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=table.dtype)
-  return (hot @ table).reshape(*ids.shape, table.shape[1])
+  rows = jnp.matmul(hot, table, precision="highest")  # rows as they are
+  return rows.reshape(*ids.shape, table.shape[1])
 
 
 def _take(table, ids):

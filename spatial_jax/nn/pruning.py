@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +26,6 @@ class Videos(NamedTuple):
   """What follows from `videos` alone, for each frame [B F]."""
 
   budget: Int[Array, "B F"]  # groups that its video loses
-  before: Int[Array, "B F"]  # groups of the row in videos of lower numbers
   first_mask: Bool[Array, "B F"]  # first frame of its video
   prunable_mask: Bool[Array, "B F"]  # its video loses groups
   padding_mask: Bool[Array, "B F"]
@@ -43,7 +41,6 @@ def describe(videos: Int[Array, "B F"], groups: int, drop: float) -> Videos:
   last = jnp.pad(videos[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
   return Videos(
     lost,
-    jnp.sum(other < mine, axis=-1) * groups,
     (videos > 0) & (videos != last),
     lost > 0,
     videos < 0,
@@ -61,16 +58,16 @@ def keep(
   B, F, G = scores.shape
   info = describe(videos, G, drop)
   scores = jnp.where(info.first_mask[..., None], 100.0, scores)
-  video = jnp.repeat(videos, G, axis=1)
-  number = jnp.broadcast_to(jnp.arange(F * G)[None], (B, F * G))
-  _, *order = jax.lax.sort(
-    (video, scores.reshape(B, F * G), number), num_keys=3, is_stable=False
-  )
-  # The first one of its video that stays, by score and number.
-  place = info.before + info.budget
-  least, first = (jnp.take_along_axis(x, place, 1)[..., None] for x in order)
-  number = number.reshape(B, F, G)
-  goes = (scores < least) | ((scores == least) & (number < first))
+  # How many of its video go before it: counted, since a TPU's program for a
+  # sort is among the longest.
+  flat, video = scores.reshape(B, F * G), jnp.repeat(videos, G, axis=1)
+  mine, other = flat[:, :, None], flat[:, None]
+  number = jnp.arange(F * G)
+  earlier = (number[None] < number[:, None])[None]
+  before = (other < mine) | ((other == mine) & earlier)
+  before = before & (video[:, :, None] == video[:, None])
+  rank = jnp.sum(before, axis=-1).reshape(B, F, G)
+  goes = (rank < info.budget[..., None]) & ~jnp.isnan(scores)
   return ~goes & ~info.padding_mask[..., None]
 
 
