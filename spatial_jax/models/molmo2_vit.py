@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -78,37 +77,38 @@ class Connector(nn.Module):
     """Tokens, and which of them have patches.
 
     Args:
-      pooling: numbers of each token's patches; -1 is none. No patch belongs to
-        two tokens.
+      pooling: numbers of each token's patches; -1 is none.
     """
     B, Q, S = pooling.shape
-    valid = pooling >= 0
-    # No number occurs twice: gradients needn't be sorted and added.
-    beyond = features.shape[1] + jnp.arange(Q * S).reshape(1, Q, S)
-    index = jnp.where(valid, pooling, beyond).reshape(B, Q * S)
-    patches = jax.vmap(
-      lambda x, at: x.at[at].get(mode="fill", fill_value=0, unique_indices=True)
-    )(features, index)
-    patches = patches.reshape(B * Q, S, -1)
-    mask = valid.reshape(B * Q, S)
-    count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+    # A token's patches lie far apart, those of all tokens side by side: on a
+    # TPU, S few numbers in a row would be moved into whole tiles and back.
+    numbers = pooling.swapaxes(1, 2)
+    valid = numbers >= 0
+    index = jnp.maximum(numbers, 0).reshape(B, S * Q, 1)
+    patches = jnp.take_along_axis(features, index, axis=1)
+    patches = patches.reshape(B, S, Q, -1)
+    patches = jnp.where(valid[..., None], patches, 0)
+    count = jnp.maximum(jnp.sum(valid, axis=1), 1)[..., None]
     mean = jnp.sum(patches, axis=1) / count.astype(patches.dtype)
 
     def project(x, name):
       y = Dense(self.width, dtype=self.dtype, name=name)(x)
       return y.reshape(*y.shape[:-1], self.heads, self.width // self.heads)
 
+    def rows(x):  # [B S Q ...] -> [B*Q S ...]
+      return x.swapaxes(1, 2).reshape(B * Q, -1, *x.shape[3:])
+
     y = attention(
-      project(mean[:, None], "query"),
-      project(patches, "key"),
-      project(patches, "value"),
-      mask[:, None],
+      rows(project(mean[:, None], "query")),
+      rows(project(patches, "key")),
+      rows(project(patches, "value")),
+      rows(valid)[:, None],
     )
     y = Dense(self.width, dtype=self.dtype, name="out")(y.reshape(B, Q, -1))
     y = GatedMlp(
       self.mlp, dtype=self.dtype, out_width=self.out_width, name="mlp"
     )(y)
-    has_any = jnp.any(valid, axis=-1)
+    has_any = jnp.any(valid, axis=1)
     return jnp.where(has_any[..., None], y, 0), has_any
 
 

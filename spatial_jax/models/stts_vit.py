@@ -273,14 +273,14 @@ class Model(nn.Module):
     """Tokens of the first groups with a patch left, and which have [B Q]."""
     B, F, P = kept.shape
     U = features.shape[1] // F  # rows of a frame, as in `embed`
-    kept = kept.reshape(B, -1)
-    index = jnp.maximum(pooling, 0).reshape(pooling.shape[0], -1)
-    stays = jnp.take_along_axis(kept, index, axis=1).reshape(pooling.shape)
-    stays = jnp.any(stays & (pooling >= 0), axis=-1)
+    pooling = pooling.swapaxes(1, 2)  # see the connector
+    index = jnp.maximum(pooling, 0).reshape(B, -1)
+    stays = jnp.take_along_axis(kept.reshape(B, -1), index, axis=1)
+    stays = jnp.any(stays.reshape(pooling.shape) & (pooling >= 0), axis=1)
     order, _ = in_front(stays, slots)
     there = jnp.take_along_axis(stays, order, axis=1)
-    left = jnp.take_along_axis(pooling, order[..., None], axis=1)
-    left = jnp.where(there[..., None], rows_of(left, P, U), -1)
+    left = jnp.take_along_axis(pooling, order[:, None], axis=2)
+    left = jnp.where(there[:, None], rows_of(left, P, U), -1).swapaxes(1, 2)
     connector = molmo2_vit.Connector(
       self.width,
       self.heads,

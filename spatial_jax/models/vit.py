@@ -166,14 +166,17 @@ class PatchEmbed(nn.Module):
     B, height, width, C = images.shape
     p, h, w = self.patch, height // self.patch, width // self.patch
     x = images[:, : h * p, : w * p].reshape(B, h, p, w, p * C)
-    x = x.transpose(0, 1, 3, 2, 4).reshape(B * h * w, p * p * C)
+    x = x.transpose(0, 1, 3, 2, 4).reshape(B, h * w, p * p * C)
+    x = on_tiles(x)
+    U = x.shape[1]
     # Stored as a convolution, so that the published tensor maps onto it.
     kernel = self.param("kernel", fan_in_init, (p, p, C, self.features))
     kernel = kernel.reshape(-1, self.features).astype(self.dtype)
-    y = x.astype(self.dtype) @ kernel
+    y = x.reshape(B * U, -1).astype(self.dtype) @ kernel
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None]
+    y = y.reshape(B, U, self.features)[:, : h * w]
     return y.reshape(B, h, w, self.features)
 
 
