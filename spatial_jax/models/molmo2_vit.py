@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from spatial_jax.models import molmo2_keys, vit
 from spatial_jax.nn import edit as edit_lib
+from spatial_jax.nn import slots
 from spatial_jax.nn.attention import attention
 from spatial_jax.nn.layers import Dense, GatedMlp
 from spatial_jax.types import Array, Bool, Float, Int
@@ -72,20 +73,28 @@ class Connector(nn.Module):
 
   @nn.compact
   def __call__(
-    self, features: Float[Array, "B P C"], pooling: Int[Array, "B Q S"]
+    self,
+    features: Float[Array, "B P C"],
+    pooling: Int[Array, "B Q S"],
+    read_by: Int[Array, "B P"] | None = None,
   ) -> tuple[Float[Array, "B Q E"], Bool[Array, "B Q"]]:
     """Tokens, and which of them have patches.
 
     Args:
       pooling: numbers of each token's patches; -1 is none.
+      read_by: where each patch has only one token, s * Q + q for slot s of
+        token q, or -1; gradients are found by it, not added up.
     """
     B, Q, S = pooling.shape
     # A token's patches lie far apart, those of all tokens side by side: on a
     # TPU, S few numbers in a row would be moved into whole tiles and back.
     numbers = pooling.swapaxes(1, 2)
     valid = numbers >= 0
-    index = jnp.maximum(numbers, 0).reshape(B, S * Q, 1)
-    patches = jnp.take_along_axis(features, index, axis=1)
+    index = jnp.maximum(numbers, 0).reshape(B, S * Q)
+    if read_by is None:
+      patches = slots.take(features, index)
+    else:
+      patches = slots.pick(features, index, read_by)
     patches = patches.reshape(B, S, Q, -1)
     patches = jnp.where(valid[..., None], patches, 0)
     count = jnp.maximum(jnp.sum(valid, axis=1), 1)[..., None]

@@ -186,12 +186,7 @@ class Model(nn.Module):
     grid = self._vision.groups(images.shape[2])
     lost = 0 if videos is not None else budget(F, len(grid), self._vision.drop)
     K = T - lost if kept_mask is None else kept_mask.shape[1]
-    if pooling is None:
-      step = (images.shape[2] // self.vision["vit"]["patch"]) ** 2
-      frames = np.arange(F)[:, None, None] * step
-      pooling = np.where(grid < 0, -1, grid + frames).reshape(-1, grid.shape[1])
-      pooling = jnp.broadcast_to(pooling[None], (B, *pooling.shape))
-    Q = pooling.shape[1]
+    Q = F * len(grid) if pooling is None else pooling.shape[1]
     if videos is None:
       videos = jnp.ones((B, F), jnp.int32)
     visual, stays, out = self._vision(images, pooling, videos, min(Q - lost, K))

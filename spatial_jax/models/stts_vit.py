@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from spatial_jax.data import molmo2 as processing
@@ -84,24 +85,12 @@ class Tower(nn.Module):
     tokens: int = 0,
     mask: Bool[Array, "B P P"] | None = None,
     bias: Float[Array, "B 1 P"] | None = None,
-    at_once: bool = False,
   ) -> tuple[Float[Array, "B U D"], Read]:
     """Blocks first..last: the last one's output, and those to be read.
 
     Args:
       x: see `vit.on_tiles`; the first `tokens` of a frame are its patches.
-      at_once: one loop over the blocks, which carries what is to be read; by
-        default each of these ends a loop: faster, but more to compile.
     """
-    read = {}
-    stops = sorted({i for i in self.read if first <= i < last} | {last})
-    for stop in stops[-1:] if at_once else stops:
-      x, kept = self._scan(x, first, stop, tokens, mask, bias)
-      first = stop + 1
-      read |= kept
-    return x, read
-
-  def _scan(self, x, first, last, tokens, mask, bias):
     if self.is_initializing():  # `embed` makes all parameters
       return x, {i: x for i in self.read if first <= i <= last}
     between = tuple(i for i in self.read if first <= i < last)
@@ -152,13 +141,12 @@ class Tower(nn.Module):
       gap = [(0, 0), (0, 0), (0, U - P)]
       return jnp.pad(rows_of(patches, P, U), gap, constant_values=-1)
 
-    def run(bins, at_once=False):
+    def run(bins):
       y = packing_lib.pick(x, wide(source[:, :bins]), wide(target))
       frame = packing.frame[:, :bins].reshape(B * bins, P)
       mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
       y = y.reshape(B * bins, U, -1)
-      more = {"tokens": P, "mask": mask, "at_once": at_once}
-      _, read = self.run(y, first, max(self.read), **more)
+      _, read = self.run(y, first, max(self.read), tokens=P, mask=mask)
       read = {i: y.reshape(B, bins, U, -1) for i, y in read.items()}
       numbers = wide(back), wide(there[:, :bins])
       read = {i: packing_lib.pick(y, *numbers) for i, y in read.items()}
@@ -177,7 +165,7 @@ class Tower(nn.Module):
       products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       few = jax.checkpoint(few, policy=products)
     few = share(few, 1, 1)
-    rest = share(jax.checkpoint(lambda: run(F, at_once=True)), 0, 1)
+    rest = share(jax.checkpoint(lambda: run(F)), 0, 1)
     return jax.lax.cond(fits, few, rest)
 
 
@@ -185,6 +173,16 @@ def rows_of(patches: Array, P: int, U: int) -> Array:
   """Rows of patches in frames of U rows each, by number; -1 stays -1."""
   frame, place = jnp.divmod(patches, P)
   return jnp.where(patches < 0, -1, frame * U + place)
+
+
+def readers(
+  pooling: Int[np.ndarray, "Q S"], patches: int
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
+  """Token and slot that read each of so many patches; -1 where none does."""
+  token, slot = np.full((2, patches), -1)
+  there = np.nonzero(pooling >= 0)
+  token[pooling[there]], slot[pooling[there]] = there
+  return token, slot
 
 
 class Model(nn.Module):
@@ -214,11 +212,13 @@ class Model(nn.Module):
   def __call__(
     self,
     images: Float[Array, "B F height width 3"],
-    pooling: Int[Array, "B Q S"],
+    pooling: Int[Array, "B Q S"] | None,
     videos: Int[Array, "B F"],
     slots: int,
   ) -> tuple[Float[Array, "B M E"], Bool[Array, "B Q"], Out]:
     """Tokens of the first `slots` groups left, which are left, intermediates.
+
+    Without `pooling` the tokens are all frames' groups.
 
     `out` holds "vit/scored" and "vit/biased" [B F P D] (the residual stream at
     the scorer, and after the block that it biases), "vit/features" [B F*P C],
@@ -273,14 +273,28 @@ class Model(nn.Module):
     """Tokens of the first groups with a patch left, and which have [B Q]."""
     B, F, P = kept.shape
     U = features.shape[1] // F  # rows of a frame, as in `embed`
+    token = slot = None
+    if pooling is None:
+      side = math.isqrt(P)
+      pooling = processing.pooling(F, side, side, self.pool)
+      token, slot = readers(pooling, F * P)
+      pooling = jnp.broadcast_to(pooling[None], (B, *pooling.shape))
     pooling = pooling.swapaxes(1, 2)  # see the connector
     index = jnp.maximum(pooling, 0).reshape(B, -1)
     stays = jnp.take_along_axis(kept.reshape(B, -1), index, axis=1)
     stays = jnp.any(stays.reshape(pooling.shape) & (pooling >= 0), axis=1)
-    order, _ = in_front(stays, slots)
+    order, place = in_front(stays, slots)
     there = jnp.take_along_axis(stays, order, axis=1)
     left = jnp.take_along_axis(pooling, order[:, None], axis=2)
     left = jnp.where(there[:, None], rows_of(left, P, U), -1).swapaxes(1, 2)
+    read_by = None
+    if token is not None:
+      place = place[:, np.maximum(token, 0)]
+      read = kept.reshape(B, -1) & (token >= 0)[None] & (place < slots)
+      read_by = jnp.where(read, slot[None] * slots + place, -1)
+      gap = [(0, 0), (0, 0), (0, U - P)]
+      read_by = jnp.pad(read_by.reshape(kept.shape), gap, constant_values=-1)
+      read_by = read_by.reshape(B, F * U)
     connector = molmo2_vit.Connector(
       self.width,
       self.heads,
@@ -289,4 +303,4 @@ class Model(nn.Module):
       self.dtype,
       name="connector",
     )
-    return connector(features, left)[0], stays
+    return connector(features, left, read_by)[0], stays
