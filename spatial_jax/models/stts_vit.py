@@ -138,8 +138,7 @@ class Tower(nn.Module):
     there = jnp.where(is_kept.reshape(B, F, P), source, -1)
 
     def wide(patches):
-      gap = [(0, 0), (0, 0), (0, U - P)]
-      return jnp.pad(rows_of(patches, P, U), gap, constant_values=-1)
+      return on_rows(rows_of(patches, P, U), U)
 
     def run(bins):
       y = packing_lib.pick(x, wide(source[:, :bins]), wide(target))
@@ -173,6 +172,12 @@ def rows_of(patches: Array, P: int, U: int) -> Array:
   """Rows of patches in frames of U rows each, by number; -1 stays -1."""
   frame, place = jnp.divmod(patches, P)
   return jnp.where(patches < 0, -1, frame * U + place)
+
+
+def on_rows(numbers: Int[Array, "B F P"], U: int) -> Int[Array, "B F U"]:
+  """Numbers of a frame's patches, with -1 for the rows behind them."""
+  gap = [(0, 0), (0, 0), (0, U - numbers.shape[2])]
+  return jnp.pad(numbers, gap, constant_values=-1)
 
 
 def readers(
@@ -273,12 +278,10 @@ class Model(nn.Module):
     """Tokens of the first groups with a patch left, and which have [B Q]."""
     B, F, P = kept.shape
     U = features.shape[1] // F  # rows of a frame, as in `embed`
-    token = slot = None
-    if pooling is None:
-      side = math.isqrt(P)
-      pooling = processing.pooling(F, side, side, self.pool)
-      token, slot = readers(pooling, F * P)
-      pooling = jnp.broadcast_to(pooling[None], (B, *pooling.shape))
+    side, given = math.isqrt(P), pooling is not None
+    if not given:
+      groups = processing.pooling(F, side, side, self.pool)
+      pooling = jnp.broadcast_to(groups[None], (B, *groups.shape))
     pooling = pooling.swapaxes(1, 2)  # see the connector
     index = jnp.maximum(pooling, 0).reshape(B, -1)
     stays = jnp.take_along_axis(kept.reshape(B, -1), index, axis=1)
@@ -288,13 +291,12 @@ class Model(nn.Module):
     left = jnp.take_along_axis(pooling, order[:, None], axis=2)
     left = jnp.where(there[:, None], rows_of(left, P, U), -1).swapaxes(1, 2)
     read_by = None
-    if token is not None:
+    if not given:
+      token, slot = readers(groups, F * P)
       place = place[:, np.maximum(token, 0)]
       read = kept.reshape(B, -1) & (token >= 0)[None] & (place < slots)
       read_by = jnp.where(read, slot[None] * slots + place, -1)
-      gap = [(0, 0), (0, 0), (0, U - P)]
-      read_by = jnp.pad(read_by.reshape(kept.shape), gap, constant_values=-1)
-      read_by = read_by.reshape(B, F * U)
+      read_by = on_rows(read_by.reshape(kept.shape), U).reshape(B, F * U)
     connector = molmo2_vit.Connector(
       self.width,
       self.heads,

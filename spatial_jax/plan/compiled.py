@@ -12,7 +12,6 @@ import jax
 
 from spatial_jax.plan import hlo
 
-
 _ARENA_MAX = -8  # number of the option in malloc.h
 
 
