@@ -8,8 +8,9 @@ The first trains a seeing model in two stages and a blind one on the same
 questions without images, then scores both on rooms never seen; what is already
 trained in the workdir is reused. The second scores the trained pair on real
 room layouts in the VSI-Bench meta format. Both print a table and write a page.
-Step counts and seeds are fixed: a slower machine gives the same numbers later. A
-processor with other vectors sums in another order, which moves scores by a point.
+Step counts and seeds are fixed: a slower machine gives the same numbers later.
+A processor with other vectors sums in another order, which moves scores by a
+point.
 """
 
 from __future__ import annotations
