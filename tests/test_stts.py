@@ -16,7 +16,7 @@ from spatial_jax import system as systems
 from spatial_jax.data import molmo2 as processing
 from spatial_jax.data import stts as data
 from spatial_jax.models import llm, molmo2, stts, stts_vit, vit
-from spatial_jax.nn import packing, pruning, slots
+from spatial_jax.nn import packing, pruning
 from tests import manifests
 from tests.towers import TOLERANCE, jit, worst
 
@@ -294,26 +294,6 @@ def test_rows_that_fill_tiles_change_no_number(monkeypatch):
   got = jax.device_get(jit(lambda params: step(params))(own))
   for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
     assert np.max(np.abs(a - b)) <= TOLERANCE * max(np.max(np.abs(b)), 1)
-
-
-@pytest.mark.parametrize("length", [3, 9, 20])
-def test_the_order_that_is_counted_is_the_sorted_one(length):
-  rng = np.random.default_rng(length)
-  mask = rng.random((4, 20)) < np.array([[0.5], [0.2], [0], [1]])
-  x, weight = rng.normal(size=(2, 4, 20, 3)).astype("f")
-  order, place = jit(slots.in_front, static_argnums=1)(mask, length)
-  want = np.argsort(~mask, axis=1, kind="stable")
-  np.testing.assert_array_equal(order, want[:, :length])
-  np.testing.assert_array_equal(
-    np.take_along_axis(place, want, 1)[0], range(20)
-  )
-
-  def total(take, x):
-    return jnp.sum(weight[:, :length] * take(x))
-
-  got = jax.grad(lambda x: total(lambda x: slots.pick(x, order, place), x))(x)
-  by_sum = jax.grad(lambda x: total(lambda x: slots.take(x, order), x))(x)
-  np.testing.assert_array_equal(got, by_sum)
 
 
 def test_groups_of_all_frames_are_the_tokens_where_none_are_given():

@@ -81,8 +81,8 @@ class Tower(nn.Module):
     x: Float[Array, "B U D"],
     first: int,
     last: int,
+    tokens: int,
     *,
-    tokens: int = 0,
     mask: Bool[Array, "B P P"] | None = None,
     bias: Float[Array, "B 1 P"] | None = None,
   ) -> tuple[Float[Array, "B U D"], Read]:
@@ -145,7 +145,7 @@ class Tower(nn.Module):
       frame = packing.frame[:, :bins].reshape(B * bins, P)
       mask = (frame[:, :, None] == frame[:, None]) & (frame > 0)[:, None]
       y = y.reshape(B * bins, U, -1)
-      _, read = self.run(y, first, max(self.read), tokens=P, mask=mask)
+      _, read = self.run(y, first, max(self.read), P, mask=mask)
       read = {i: y.reshape(B, bins, U, -1) for i, y in read.items()}
       numbers = wide(back), wide(there[:, :bins])
       read = {i: packing_lib.pick(y, *numbers) for i, y in read.items()}
@@ -242,10 +242,10 @@ class Model(nn.Module):
     def frames(x):
       return x.reshape(B, F, U, -1)[:, :, :P]
 
-    x, read = tower.run(x, 0, after, tokens=P)
+    x, read = tower.run(x, 0, after, P)
     bias, kept, out = self._score(frames(x), groups, videos)
     bias = bias.reshape(B * F, 1, P)
-    x, more = tower.run(x, after + 1, after + 1, tokens=P, bias=bias)
+    x, more = tower.run(x, after + 1, after + 1, P, bias=bias)
     out["vit/biased"] = frames(x)
     out["prune/packing"] = packing = packing_lib.pack(kept, refill=self.refill)
     read = {i: y.reshape(B, F * U, -1) for i, y in (read | more).items()}

@@ -37,6 +37,7 @@ def main(
 ) -> summary.Plan | serving.Serving:
   """The plan command; `workdir` isn't used."""
   del workdir
+  compiled.share_memory()
   target = chips.parse(topology)
   if serve and search:
     raise ValueError("--search is for training; give --serve a topology")

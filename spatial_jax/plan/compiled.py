@@ -29,7 +29,6 @@ def measure(
   Raises:
     TooLarge: it needs more memory than a chip has.
   """
-  _share_memory()
   began, cpu = time.perf_counter(), time.process_time()
   cached = jax.config.jax_enable_compilation_cache
   # Nobody runs this program, and its seconds are to be those of compiling.
@@ -58,11 +57,12 @@ def measure(
   return figures, sum(one.wire for one in found), program
 
 
-def _share_memory():
-  """Few arenas, where malloc has them: glibc's.
+def share_memory() -> None:
+  """From here on two arenas for all threads, where malloc has them: glibc's.
 
   What a thread frees is otherwise kept for that thread: of all that a compiler
-  of many threads takes, 5 %.
+  of many threads takes, 5 %. For a process that only compiles, since threads
+  that compute would wait for each other.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt:
