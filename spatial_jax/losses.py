@@ -16,19 +16,49 @@ from spatial_jax.types import Array, Float, Int
 Metrics = dict[str, Array]
 
 
+@jax.custom_vjp
 def token_losses(
   logits: Float[Array, "*b V"], labels: Int[Array, "*b"]
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-  """Cross-entropy and correctness (0 or 1) of each prediction, in float32."""
+  """Cross-entropy and correctness (0 or 1) of each prediction, in float32.
+
+  The gradient, of the cross-entropy alone, computes the probabilities again:
+  kept, they are as large as the logits.
+  """
+  return _token_losses(logits, labels)[0]
+
+
+def _token_losses(logits, labels):
+  kept = logits, labels
   logits = logits.astype(jnp.float32)
-  # A comparison with iota instead of a gather: its gradient is no scatter, and
-  # a sharded vocabulary stays sharded.
+  top = jnp.max(logits, axis=-1)
+  total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+  log_total = top + jnp.log(total)
+  if sharding.platform() == "cpu":  # sums nothing that it wouldn't write first
+    chosen = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")
+    chosen = chosen[..., 0]
+  else:
+    # No gather: a sharded vocabulary stays sharded.
+    chosen = jnp.sum(jnp.where(_hit(logits, labels), logits, 0.0), axis=-1)
+  correct = (chosen >= top).astype(jnp.float32)
+  return (log_total - chosen, correct), (*kept, log_total)
+
+
+def _hit(logits, labels):
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, labels.ndim)
-  hit = ids == labels[..., None]
-  chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-  cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
-  correct = (chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32)
-  return cross_entropy, correct
+  return ids == labels[..., None]
+
+
+def _of_logits(kept, gradients):
+  logits, labels, log_total = kept
+  weight = gradients[0][..., None]
+  share = jnp.exp(logits.astype(jnp.float32) - log_total[..., None])
+  # No scatter into zeros, but a comparison.
+  out = jnp.where(_hit(logits, labels), share - 1, share) * weight
+  return out.astype(logits.dtype), None
+
+
+token_losses.defvjp(_token_losses, _of_logits)
 
 
 def next_token(

@@ -116,6 +116,20 @@ def _with_master(
   return optax.GradientTransformation(init, update)
 
 
+def _clip(most: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` with one factor instead of two for each number.
+
+  A product is computed where it is read; quotients would be written first, as
+  large as the parameters.
+  """
+
+  def clip(updates, _):
+    factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+
+  return optax.stateless(clip)
+
+
 def _scale(factors: Any) -> optax.GradientTransformation:
   return optax.stateless(
     lambda updates, _: jax.tree.map(lambda f, u: f * u, factors, updates)
@@ -179,7 +193,7 @@ def make(config: ConfigDict, steps: int, params: Any) -> Optimizer:
     raise ValueError(
       f"config.optimizer.name={config.name!r}; expected 'adamw' or 'muon'"
     )
-  parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+  parts = [_clip(config.clip)] if config.clip else []
   parts.append(direction)
   if config.weight_decay:
     parts.append(

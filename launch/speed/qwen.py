@@ -43,7 +43,7 @@ SMALL = {
   "length": 512,
   "images": 2,
   "side": 224,
-  "model": {"remat": "dots_with_no_batch_dims_saveable"},
+  "model": {"remat": "products"},
 }
 TOY = {
   **SMALL,

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from spatial_jax import losses, sharding
 from spatial_jax.models import llm_variants
@@ -50,6 +51,13 @@ Out = dict[str, Any]
 
 VARIANTS = llm_variants.VARIANTS
 KEYS = llm_variants.KEYS  # below "model."; the head stands outside
+
+
+class Mask(struct.PyTreeNode):
+  """Which keys a query sees, and whether they surely end with its own."""
+
+  seen: Bool[Array, "B T S"]
+  causal: bool = struct.field(pytree_node=False)
 
 
 class Attention(nn.Module):
@@ -214,8 +222,8 @@ class Block(nn.Module):
         for x in (key, value)
       )
     if self.packing and cache is None:
-      return chunked(query, key, value, mask, *self.packing), cache
-    return attention(query, key, value, mask), cache
+      return chunked(query, key, value, mask.seen, *self.packing), cache
+    return attention(query, key, value, mask.seen, causal=mask.causal), cache
 
 
 def _norm(module):
@@ -362,14 +370,15 @@ class Model(nn.Module):
       keys = cache = _append(cache, segments, shared, mutual)
       pairs = cache["key"], cache["value"]
     groups = None if mutual is None else (mutual, keys["mutual"])
-    mask = packed_mask(
+    seen = packed_mask(
       segments, keys["segments"], keys["shared"], index, mutual=groups
     )
+    mask = Mask(seen, causal=mutual is None and cache is None)
     rotary = self._rotary(positions, self.theta, self.rope_scaling)
     if self.window:
-      place = jnp.arange(mask.shape[1]) + index, jnp.arange(mask.shape[2])
+      place = jnp.arange(seen.shape[1]) + index, jnp.arange(seen.shape[2])
       near = place[0][:, None] - place[1][None] < self.window
-      mask = mask, mask & near[None]
+      mask = mask, mask.replace(seen=seen & near[None])
       rotary = rotary, self._rotary(positions, self.window_theta)
     out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
@@ -460,21 +469,25 @@ def remat(
 
   Args:
     policy: "none", "full", "attention" (what `nn.attention` needs for its
-      gradient is kept; on CPU) or a name in `jax.checkpoint_policies`.
+      gradient is kept; on CPU), "products" (this, and products with weights) or
+      a name in `jax.checkpoint_policies`.
     scanned: it runs in a scan, which already prevents that what is computed
       twice is found to be the same.
   """
   if policy == "none":
     return block
   policies, known = jax.checkpoint_policies, None
-  if policy == "attention":
+  if policy in ("attention", "products"):
     known = policies.save_only_these_names(KEPT)
+    if policy == "products":
+      weights = policies.dots_with_no_batch_dims_saveable
+      known = policies.save_from_both_policies(known, weights)
   elif policy != "full":
     known = getattr(policies, policy, None)
     if known is None:
       raise ValueError(
-        f"remat={policy!r} is unknown; use 'none', 'full', 'attention' or a "
-        "name in jax.checkpoint_policies such as "
+        f"remat={policy!r} is unknown; use 'none', 'full', 'attention', "
+        "'products' or a name in jax.checkpoint_policies such as "
         "'dots_with_no_batch_dims_saveable'"
       )
   return nn.remat(block, prevent_cse=not scanned, policy=known)

@@ -27,6 +27,9 @@ _MASKED = -1e30
 _MOST_SCORES = 2**28
 # Rows with fewer queries or keys aren't worth a kernel: a window of 64 patches.
 _LEAST = 256
+# Parts of the queries under a causal mask: of the scores, (1 + 1 / parts) / 2
+# are computed.
+_PARTS = 8
 # Scopes by which `plan` knows products of scores, and those under a square
 # mask, of which half is hidden.
 SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
@@ -48,6 +51,7 @@ def attention(
   mask: Bool[Array, "#B #T S"] | None = None,
   bias: Float[Array, "#B #T S"] | None = None,
   *,
+  causal: bool = False,
   implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
   """Softmax attention with grouped heads; scores and softmax in float32.
@@ -55,6 +59,8 @@ def attention(
   Args:
     mask: True where a query may see a key. Queries that see no key give zeros.
     bias: added to the scaled scores of all heads.
+    causal: promises that the mask, a square, hides all keys after a query's
+      own: most of them are then left out on CPU and GPU.
     implementation: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": that of the
       mesh's platform, where it takes these arrays.
   """
@@ -64,7 +70,8 @@ def attention(
   if kind == "xla":
     square = mask is not None and mask.shape[1] == key.shape[1] > 1
     with jax.named_scope(CAUSAL if square else SCORES):
-      return _xla(query, key, value, mask, bias)
+      parts = _PARTS if causal and bias is None and _causal(query, key) else 1
+      return _xla(query, key, value, mask, bias, parts)
   if bias is not None:
     raise ValueError(f"implementation={kind!r} knows no bias; use 'xla'")
   from spatial_jax.nn import kernels  # imports Pallas: only where it is used
@@ -96,17 +103,53 @@ def choose(
   return "xla"
 
 
-def _xla(query, key, value, mask, bias):
-  B, T, N, H = query.shape
-  K = key.shape[2]
+def _causal(query, key):
+  """Whether parts of a square pay; never in a program that counts products."""
+  if sharding.platform() not in ("cpu", "gpu", "cuda"):
+    return False
+  context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+  return context == 1 and query.shape[1] == key.shape[1] >= _LEAST
+
+
+def _xla(query, key, value, mask, bias, parts=1):
+  """In parts of the queries, each with the keys up to its own; or all at once.
+
+  The gradient computes the scores again: a stack of them over layers would
+  have to be written and read, and costs more than the product.
+  """
+  out = _read(query, key, value, mask, bias, parts)
+  return out.astype(value.dtype)
+
+
+def _spans(length, parts):
+  size = -(-length // parts)
+  return [(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _part(span, parts, query, key, value, mask, bias):
+  """Queries of a span by key heads [B K G*t H], and what they may see."""
+  start, end = span
+  if parts > 1:
+    query, mask = query[:, start:end], mask[:, start:end, :end]
+    key, value = key[:, :end], value[:, :end]
   # Heads before time: the products then need no transposed copies, which makes
   # the gradient twice as fast on CPU.
-  query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  query = query.reshape(B, K, N // K * T, H)
-  key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B K S H]
-  out = _read(query, key, value, mask, bias).reshape(B, K, N // K, T, H)
-  out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-  return out.astype(value.dtype)
+  query = _by_key(query, key.shape[2])
+  return query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, bias
+
+
+def _by_key(x, heads):
+  """[B T N H] as [B K G*T H]: all that read a head's keys, one after another."""
+  B, T, N, H = x.shape
+  x = x.reshape(B, T, heads, N // heads, H).transpose(0, 2, 3, 1, 4)
+  return x.reshape(B, heads, -1, H)
+
+
+def _by_query(x, heads):
+  """The inverse of `_by_key`."""
+  B, K, rows, H = x.shape
+  x = x.reshape(B, K, heads // K, -1, H).transpose(0, 3, 1, 2, 4)
+  return x.reshape(B, -1, heads, H)
 
 
 def _scores(query, key, mask, bias):
@@ -126,56 +169,80 @@ def _scores(query, key, mask, bias):
   return scores
 
 
-@jax.custom_vjp
-def _read(query, key, value, mask, bias):
-  """Values [B K S H] that queries [B K G*T H] of each key's head have read.
-
-  The gradient computes the scores again: a stack of them over layers would
-  have to be written and read, and costs more than the product.
-  """
-  return _read_forward(query, key, value, mask, bias)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _read(query, key, value, mask, bias, parts):
+  return _read_forward(query, key, value, mask, bias, parts)[0]
 
 
-def _read_forward(query, key, value, mask, bias):
-  scores = _scores(query, key, mask, bias)
-  # Above what is masked, so that a row that sees no key has weights of zero.
-  top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), _MASKED / 2)
-  weights = jnp.exp(scores - top)
-  # Divided later, where numbers are fewer. What a row sees totals at least 1.
-  total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
-  weights = weights.astype(value.dtype).reshape(*query.shape[:3], -1)
-  out = jnp.einsum(
-    "bkts,bksh->bkth", weights, value, preferred_element_type=jnp.float32
-  )
-  out = out / total.reshape(*query.shape[:3], 1)
-  out = checkpoint_name(out, KEPT)
-  log_total = checkpoint_name(top + jnp.log(total), KEPT)
-  return out, (query, key, value, mask, bias, out, log_total)
+def _read_forward(query, key, value, mask, bias, parts):
+  given = query, key, value, mask, bias
+  outs, log_totals = [], []
+  for span in _spans(query.shape[1], parts):
+    q, k, v, *seen = _part(span, parts, *given)
+    scores = _scores(q, k, *seen)
+    # Above what is masked, so that a row that sees no key has weights of zero.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), _MASKED / 2)
+    weights = jnp.exp(scores - top)
+    # Divided later, where numbers are fewer. What a row sees totals at least 1.
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
+    weights = weights.astype(value.dtype).reshape(*q.shape[:3], -1)
+    out = jnp.einsum(
+      "bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32
+    )
+    out = out / total.reshape(*q.shape[:3], 1)
+    outs.append(_by_query(out, query.shape[2]))
+    log_totals.append(checkpoint_name(top + jnp.log(total), KEPT))
+  out = checkpoint_name(_joined(outs), KEPT)
+  return out, (*given, out, log_totals)
 
 
-def _read_backward(kept, gradient):
-  query, key, value, mask, bias, out, log_total = kept
-  with jax.named_scope(AGAIN):
-    weights = jnp.exp(_scores(query, key, mask, bias) - log_total)
-  shape = weights.shape
-  slope = jnp.sum(gradient * out, axis=-1).reshape(*shape[:4], 1)
+def _joined(parts):
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _read_backward(parts, kept, gradient):
+  *given, out, log_totals = kept
+  query, key, value, _, bias = given
+  N, K = query.shape[2], key.shape[2]
+  # Whole before it is read: else XLA's library for CPU takes it and the product
+  # as one, which is slower than both.
+  slope = jnp.sum(gradient * out, axis=-1, keepdims=True)
+  slope = jax.lax.optimization_barrier(slope)
   gradient = gradient.astype(value.dtype)
-  of_weights = jnp.einsum(
-    "bkth,bksh->bkts", gradient, value, preferred_element_type=jnp.float32
-  )
-  of_scores = weights * (of_weights.reshape(shape) - slope)
-  of_bias = None
-  if bias is not None:
-    of_bias = _like(bias, jnp.sum(of_scores, axis=(1, 2)))
-  flat = *query.shape[:3], -1
-  weights = weights.astype(value.dtype).reshape(flat)
-  of_scores = of_scores * query.shape[-1] ** -0.5
-  of_scores = of_scores.astype(query.dtype).reshape(flat)
-  of_query = jnp.einsum("bkts,bksh->bkth", of_scores, key)
-  # Large matrices are not turned: on CPU, that takes as long as the product.
-  of_key = jnp.einsum("bkth,bkts->bkhs", query, of_scores).swapaxes(2, 3)
-  of_value = jnp.einsum("bkth,bkts->bkhs", gradient, weights).swapaxes(2, 3)
-  return of_query, of_key, of_value, None, of_bias
+  of_queries, of_keys, of_values, of_bias = [], [], [], None
+  spans = _spans(query.shape[1], parts)
+  for (start, end), log_total in zip(spans, log_totals, strict=True):
+    q, k, v, *seen = _part((start, end), parts, *given)
+    g = _by_key(gradient[:, start:end], K)
+    with jax.named_scope(AGAIN):
+      weights = jnp.exp(_scores(q, k, *seen) - log_total)
+    of_weights = jnp.einsum(
+      "bkth,bksh->bkts", g, v, preferred_element_type=jnp.float32
+    )
+    drop = _by_key(slope[:, start:end], K).reshape(*weights.shape[:4], 1)
+    of_scores = weights * (of_weights.reshape(weights.shape) - drop)
+    if bias is not None:
+      of_bias = _like(bias, jnp.sum(of_scores, axis=(1, 2)))
+    flat = *q.shape[:3], -1
+    weights = weights.astype(value.dtype).reshape(flat)
+    of_scores = of_scores * query.shape[-1] ** -0.5
+    of_scores = of_scores.astype(query.dtype).reshape(flat)
+    of_query = jnp.einsum("bkts,bksh->bkth", of_scores, k)
+    of_queries.append(_by_query(of_query, N))
+    # Large matrices are not turned: on CPU, that takes as long as the product.
+    of_keys.append(jnp.einsum("bkth,bkts->bkhs", q, of_scores))
+    of_values.append(jnp.einsum("bkth,bkts->bkhs", g, weights))
+  of_key, of_value = _summed(of_keys), _summed(of_values)
+  return _joined(of_queries), of_key, of_value, None, of_bias
+
+
+def _summed(parts):
+  """Gradients [B K H s] of the first keys, added: [B S K H]."""
+  *others, out = parts
+  for part in others:
+    out = out.at[..., : part.shape[-1]].add(part)
+  # Whole before it is turned: else each reader adds all of it up once more.
+  return jax.lax.optimization_barrier(out).transpose(0, 3, 1, 2)
 
 
 def _like(x, gradient):
