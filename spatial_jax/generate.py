@@ -22,17 +22,6 @@ from spatial_jax import sharding
 from spatial_jax.types import Array, Float, Int
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "model",
-    "max_new_tokens",
-    "stop_ids",
-    "temperature",
-    "top_p",
-    "pad_id",
-  ),
-)
 def generate(
   model: nn.Module,
   params: Any,
@@ -48,7 +37,8 @@ def generate(
   """Continues every row of a batch.
 
   Prompts may be padded on either side, where `segments` is 0. Each row has one
-  segment, apart from shared tokens.
+  segment, apart from shared tokens. Compiles two programs: one reads prompts,
+  one writes answers.
 
   Args:
     model: hashable, as `models.build` makes it.
@@ -65,37 +55,99 @@ def generate(
   """
   if temperature > 0 and key is None:
     raise ValueError(f"temperature={temperature} needs a random key")
+  # Products of few rows are as fast without: this is for reading only.
+  options = sharding.compiler_options()
+  if isinstance(batch["tokens"], jax.core.Tracer):
+    options = {}  # those of the program that this is a part of
+  read = _reader(tuple(options.items()))
+  return _write(
+    model,
+    params,
+    read(model, params, dict(batch), max_new_tokens),
+    jax.random.key(0) if key is None else key,
+    max_new_tokens=max_new_tokens,
+    stop_ids=stop_ids,
+    temperature=temperature,
+    top_p=top_p,
+    pad_id=pad_id,
+  )
+
+
+@functools.cache
+def _reader(options):
+  return jax.jit(_read, static_argnums=(0, 3), compiler_options=dict(options))
+
+
+def _read(model, params, batch, room):
+  """Cache of the prompts with room for so many tokens, and what comes next."""
   tokens, segments = batch["tokens"], batch["segments"]
   B, T = tokens.shape
   # The last valid token of each row, whichever side the padding is on.
   last = T - 1 - jnp.argmax((segments > 0)[:, ::-1], axis=1)
-  segment = jnp.take_along_axis(segments, last[:, None], axis=1)  # [B 1]
   positions = batch["positions"]  # [B T] or [B 3 T]
   axes = tuple(range(1, positions.ndim))
   valid = jnp.expand_dims(segments > 0, axes[:-1])
   position = jnp.max(jnp.where(valid, positions, 0), axis=axes) + 1
-  keys = jax.random.split(
-    jax.random.key(0) if key is None else key, max_new_tokens
+  cache = model.init_cache(B, T + room)
+  logits, cache = _call(model, params, **batch, cache=cache, last=last)
+  return {
+    "cache": cache,
+    "logits": logits,
+    "segment": jnp.take_along_axis(segments, last[:, None], axis=1),  # [B 1]
+    "position": jnp.broadcast_to(
+      jnp.expand_dims(position, axes), (*positions.shape[:-1], 1)
+    ),
+  }
+
+
+def _call(model, params, **kwargs):
+  logits, out = model.apply({"params": params}, **kwargs)
+  return logits[:, 0], out["cache"]
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "model",
+    "max_new_tokens",
+    "stop_ids",
+    "temperature",
+    "top_p",
+    "pad_id",
+  ),
+)
+def _write(
+  model,
+  params,
+  read,
+  key,
+  *,
+  max_new_tokens,
+  stop_ids,
+  temperature,
+  top_p,
+  pad_id,
+):
+  """Tokens after what `_read` has read, and how many of each row are valid."""
+  cache, segment, position = (
+    read[name] for name in ("cache", "segment", "position")
   )
+  B = len(segment)
+  keys = jax.random.split(key, max_new_tokens)
   stops = jnp.array(stop_ids or (-1,), jnp.int32)
-
-  def call(**kwargs):
-    logits, out = model.apply({"params": params}, **kwargs)
-    return logits[:, 0], out["cache"]
-
-  def pick(logits, step):
-    return sample(logits, keys[step], temperature=temperature, top_p=top_p)
+  if (sharding.platform() or jax.default_backend()) == "cpu":
+    params, cache = apart(params, cache)
 
   def is_running(state):
     return (state["step"] < max_new_tokens) & ~jnp.all(state["done"])
 
   def step(state):
     # Rows that have ended write tokens of segment 0, which nobody sees.
-    logits, cache = call(
+    logits, cache = _call(
+      model,
+      params,
       tokens=state["token"][:, None],
-      positions=jnp.broadcast_to(
-        jnp.expand_dims(state["position"], axes), (*positions.shape[:-1], 1)
-      ),
+      positions=state["position"],
       segments=jnp.where(state["done"][:, None], 0, segment),
       cache=state["cache"],
       last=jnp.zeros(B, jnp.int32),
@@ -103,7 +155,9 @@ def generate(
     return emit({**state, "cache": cache}, logits)
 
   def emit(state, logits):
-    token = pick(logits, state["step"])
+    token = sample(
+      logits, keys[state["step"]], temperature=temperature, top_p=top_p
+    )
     token = jnp.where(state["done"], pad_id, token)
     return {
       "cache": state["cache"],
@@ -115,10 +169,6 @@ def generate(
       "step": state["step"] + 1,
     }
 
-  cache = model.init_cache(B, T + max_new_tokens)
-  logits, cache = call(**batch, cache=cache, last=last)
-  if (sharding.platform() or jax.default_backend()) == "cpu":
-    params, cache = apart(params, cache)
   state = emit(
     {
       "cache": cache,
@@ -129,7 +179,7 @@ def generate(
       "done": jnp.zeros(B, bool),
       "step": jnp.zeros((), jnp.int32),
     },
-    logits,
+    read["logits"],
   )
   state = jax.lax.while_loop(is_running, step, state)
   return state["tokens"], state["length"]

@@ -121,7 +121,8 @@ def test_decoding_on_a_mesh_with_a_sharded_cache_gives_the_same_logits():
       jax.device_put(params, sharding.replicated(mesh)), rows
     )
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-  assert keys.sharding.shard_shape(keys.shape) == (1, 4, 4, 1, 8)
+  # Layers, rows, heads, their numbers, slots.
+  assert keys.sharding.shard_shape(keys.shape) == (1, 4, 1, 8, 4)
 
 
 def test_a_batch_crosses_slices_by_the_data_axis_only():

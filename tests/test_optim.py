@@ -52,6 +52,20 @@ def ones(tree):
   return jax.tree.map(jnp.ones_like, tree)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 30.0])
+def test_gradients_are_clipped_by_their_common_norm(size):
+  tree = params()
+  grads = jax.tree.map(lambda x: size * x, tree)
+  clip = optim._clip(1.5)
+  got, _ = clip.update(grads, clip.init(tree))
+  other = optax.clip_by_global_norm(1.5)
+  want, _ = other.update(grads, other.init(tree))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want
+  )
+  assert optax.tree.norm(got) <= 1.5 * (1 + 1e-6)
+
+
 def test_the_schedule_rises_holds_and_falls_to_its_final_fraction():
   lr = optim.make_schedule(
     2.0, 100, warmup=0.1, constant=0.4, decay="linear", final=0.02

@@ -277,7 +277,9 @@ def test_serving_on_a_gpu_reads_weights_and_cache_for_each_token(capsys):
   prefill, decode = found.phases["prefill"], found.phases["decode"]
   model, _ = models.build(config)
   cache = model.init_cache(8, config.data.length + 16)
-  assert decode.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
+  assert decode.cache == sum(
+    jnp.asarray(x).nbytes for x in jax.tree.leaves(cache)
+  )
   assert decode.bound == "memory"
   bandwidth = chips.parse("h100:1").chip.bandwidth
   read = found.parameters + decode.cache

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold of a decoder with any weights: causality, padding, packing."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_jax import losses
+from spatial_jax import losses, sharding
 from spatial_jax.data import positions
 from spatial_jax.models import llm, llm_start
 from spatial_jax.nn import attention as attentions
@@ -145,6 +146,7 @@ def test_scan_and_recomputation_options_change_no_number():
     {"unroll": 2},
     {"remat": "full"},
     {"remat": "attention"},
+    {"remat": "products"},
     {"remat": "dots_with_no_batch_dims_saveable"},
     {"one_hot": True},
   ):
@@ -177,6 +179,41 @@ def test_a_chunked_loss_equals_the_whole_loss():
   close(want[0][0], -np.sum(chosen * weight) / np.sum(weight))
   with pytest.raises(ValueError, match="4 equal loss chunks"):
     losses.next_token_chunked(hidden, kernel, labels, weight, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_the_gradient_of_cross_entropy_is_that_of_its_definition(
+  dtype, on_mesh
+):
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(4 * rng.normal(size=(3, 5, 11)), dtype)
+  logits = logits.at[0, 0, 2].set(-jnp.inf)  # a word that can't be
+  labels = jnp.asarray(rng.integers(3, 11, (3, 5)))
+  weight = jnp.asarray(rng.random((3, 5)), jnp.float32)
+
+  def plain(logits):
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return jnp.sum(-chosen * weight)
+
+  def ours(logits):
+    return jnp.sum(losses.token_losses(logits, labels)[0] * weight)
+
+  mesh = sharding.mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
+    got = jax.jit(jax.value_and_grad(ours))(logits)
+    # What stands for no label counts nothing, and spoils nothing.
+    _, correct = losses.token_losses(logits, labels)
+    none, _ = losses.token_losses(logits, jnp.full_like(labels, -100))
+  want = jax.value_and_grad(plain)(logits)
+  assert got[1].dtype == logits.dtype
+  for a, b in zip(got, want, strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  top = np.argmax(np.asarray(logits, np.float32), axis=-1)
+  np.testing.assert_array_equal(correct, top == np.asarray(labels))
+  assert np.all(np.isfinite(none))
 
 
 def test_a_batch_without_labels_has_loss_zero():

@@ -54,10 +54,11 @@ KEYS = llm_variants.KEYS  # below "model."; the head stands outside
 
 
 class Mask(struct.PyTreeNode):
-  """Which keys a query sees, and whether they surely end with its own."""
+  """Which keys a query sees, and what is known of them while tracing."""
 
   seen: Bool[Array, "B T S"]
-  causal: bool = struct.field(pytree_node=False)
+  causal: bool = struct.field(pytree_node=False)  # they end with its own
+  alone: bool = struct.field(pytree_node=False)  # none is from the cache
 
 
 class Attention(nn.Module):
@@ -205,25 +206,39 @@ class Block(nn.Module):
 
   def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
-      # Every row writes the same slots; `segments` tells which are padding. Few
-      # heads are whole on every device: else a step would gather all slots.
-      key, value = cache = tuple(
-        sharding.constrain(
-          jax.lax.dynamic_update_slice_in_dim(
-            old, new.astype(old.dtype), index, axis=1
-          ),
-          "batch length act_heads head_dim",
-        )
-        for old, new in zip(cache, (key, value), strict=True)
-      )
-    if cache is None:
+      cache = _store(cache, key, value, index)
+    if mask.alone:
       key, value = (
         sharding.constrain(x, "batch keys act_heads head_dim")
         for x in (key, value)
       )
+    else:
+      key, value = cache[0].transpose(0, 3, 1, 2), cache[1].swapaxes(1, 2)
     if self.packing and cache is None:
       return chunked(query, key, value, mask.seen, *self.packing), cache
     return attention(query, key, value, mask.seen, causal=mask.causal), cache
+
+
+def _store(cache, key, value, index):
+  """The cache with keys and values in the slots from `index` on.
+
+  They lie as attention multiplies, keys as [B K H S], values as [B K S H]: else
+  every token turns all of them. Every row writes the same slots; `segments`
+  tells which are padding.
+  """
+  keys, values = cache
+  key = key.transpose(0, 2, 3, 1).astype(keys.dtype)
+  value = value.swapaxes(1, 2).astype(values.dtype)
+  write = jax.lax.dynamic_update_slice_in_dim
+  # Few heads are whole on every device: else a step would gather all slots.
+  return (
+    sharding.constrain(
+      write(keys, key, index, axis=3), "batch act_heads head_dim length"
+    ),
+    sharding.constrain(
+      write(values, value, index, axis=2), "batch act_heads length head_dim"
+    ),
+  )
 
 
 def _norm(module):
@@ -367,13 +382,17 @@ class Model(nn.Module):
     index, pairs = 0, None
     if cache is not None:
       index = cache["index"]
-      keys = cache = _append(cache, segments, shared, mutual)
+      cache = _append(cache, segments, shared, mutual)
       pairs = cache["key"], cache["value"]
+    # The first slots of a cache: what it holds needs no reading.
+    alone = isinstance(index, int) and index == 0
+    if not alone:
+      keys = cache
     groups = None if mutual is None else (mutual, keys["mutual"])
     seen = packed_mask(
       segments, keys["segments"], keys["shared"], index, mutual=groups
     )
-    mask = Mask(seen, causal=mutual is None and cache is None)
+    mask = Mask(seen, causal=alone and mutual is None, alone=alone)
     rotary = self._rotary(positions, self.theta, self.rope_scaling)
     if self.window:
       place = jnp.arange(seen.shape[1]) + index, jnp.arange(seen.shape[2])
@@ -425,20 +444,23 @@ class Model(nn.Module):
     return rope.linear(positions, *options, scaling)
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """Empty cache of `length` slots; needs no parameters."""
-    shape = (self.layers, batch, length, self.kv_heads, self._head_dim)
+    """Empty cache of `length` slots; needs no parameters.
 
-    def empty():
-      x = jnp.zeros(shape, self.dtype)
-      return sharding.constrain(x, "layers batch length act_heads head_dim")
-
+    Its "index" is a number while it is known, and spares the first tokens a
+    look at empty slots; an array works as well.
+    """
+    heads, size = (self.layers, batch, self.kv_heads), self._head_dim
+    keys = jnp.zeros((*heads, size, length), self.dtype)
+    values = jnp.zeros((*heads, length, size), self.dtype)
     return {
-      "key": empty(),
-      "value": empty(),
+      "key": sharding.constrain(keys, "layers batch act_heads head_dim length"),
+      "value": sharding.constrain(
+        values, "layers batch act_heads length head_dim"
+      ),
       "segments": jnp.zeros((batch, length), jnp.int32),
       "shared": jnp.zeros((batch, length), bool),
       "mutual": jnp.zeros((batch, length), jnp.int32),
-      "index": jnp.zeros((), jnp.int32),
+      "index": 0,
     }
 
 

@@ -27,9 +27,9 @@ _MASKED = -1e30
 _MOST_SCORES = 2**28
 # Rows with fewer queries or keys aren't worth a kernel: a window of 64 patches.
 _LEAST = 256
-# Parts of the queries under a causal mask: of the scores, (1 + 1 / parts) / 2
-# are computed.
-_PARTS = 8
+# Most parts of the queries under a causal mask, and fewest queries of a part:
+# (1 + 1 / parts) / 2 of the scores are computed.
+_PARTS, _PART = 8, 48
 # Scopes by which `plan` knows products of scores, and those under a square
 # mask, of which half is hidden.
 SCORES, CAUSAL = "attention_scores", "attention_scores_causal"
@@ -70,7 +70,7 @@ def attention(
   if kind == "xla":
     square = mask is not None and mask.shape[1] == key.shape[1] > 1
     with jax.named_scope(CAUSAL if square else SCORES):
-      parts = _PARTS if causal and bias is None and _causal(query, key) else 1
+      parts = _parts(query, key) if causal and bias is None else 1
       return _xla(query, key, value, mask, bias, parts)
   if bias is not None:
     raise ValueError(f"implementation={kind!r} knows no bias; use 'xla'")
@@ -103,12 +103,14 @@ def choose(
   return "xla"
 
 
-def _causal(query, key):
-  """Whether parts of a square pay; never in a program that counts products."""
+def _parts(query, key):
+  """Of a square under a causal mask; one in programs that count products."""
   if sharding.platform() not in ("cpu", "gpu", "cuda"):
-    return False
+    return 1
   context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
-  return context == 1 and query.shape[1] == key.shape[1] >= _LEAST
+  if context > 1 or query.shape[1] != key.shape[1]:
+    return 1
+  return max(min(query.shape[1] // _PART, _PARTS), 1)
 
 
 def _xla(query, key, value, mask, bias, parts=1):
@@ -139,7 +141,7 @@ def _part(span, parts, query, key, value, mask, bias):
 
 
 def _by_key(x, heads):
-  """[B T N H] as [B K G*T H]: all that read a head's keys, one after another."""
+  """[B T N H] as [B K G*T H]: those that read a head one after another."""
   B, T, N, H = x.shape
   x = x.reshape(B, T, heads, N // heads, H).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, heads, -1, H)
@@ -147,7 +149,7 @@ def _by_key(x, heads):
 
 def _by_query(x, heads):
   """The inverse of `_by_key`."""
-  B, K, rows, H = x.shape
+  B, K, _, H = x.shape
   x = x.reshape(B, K, heads // K, -1, H).transpose(0, 3, 1, 2, 4)
   return x.reshape(B, -1, heads, H)
 
