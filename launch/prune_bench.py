@@ -71,7 +71,7 @@ def vit_steps(args):
     return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
 
   def whole(params, x):
-    y, _ = tower.apply(params, x[0], first, last, method="run")
+    y, _ = tower.apply(params, x[0], first, last, P, method="run")
     return jnp.sum(y * y)
 
   def pruned(params, x):
@@ -81,7 +81,8 @@ def vit_steps(args):
 
   def branch(params, x):
     mask = jnp.ones((bins, P, P), bool)
-    y, _ = tower.apply(params, x[0], first, last, mask=mask, method="run")
+    given = x[0], first, last, P
+    y, _ = tower.apply(params, *given, mask=mask, method="run")
     return jnp.sum(y * y)
 
   return [
