@@ -206,10 +206,11 @@ def _read_backward(parts, kept, gradient):
   *given, out, log_totals = kept
   query, key, value, _, bias = given
   N, K = query.shape[2], key.shape[2]
-  # Whole before it is read: else XLA's library for CPU takes it and the product
-  # as one, which is slower than both.
   slope = jnp.sum(gradient * out, axis=-1, keepdims=True)
-  slope = jax.lax.optimization_barrier(slope)
+  if sharding.platform() == "cpu":
+    # Whole before it is read: else a library takes it and the product as one,
+    # which is slower than both.
+    slope = jax.lax.optimization_barrier(slope)
   gradient = gradient.astype(value.dtype)
   of_queries, of_keys, of_values, of_bias = [], [], [], None
   spans = _spans(query.shape[1], parts)
@@ -243,8 +244,10 @@ def _summed(parts):
   *others, out = parts
   for part in others:
     out = out.at[..., : part.shape[-1]].add(part)
-  # Whole before it is turned: else each reader adds all of it up once more.
-  return jax.lax.optimization_barrier(out).transpose(0, 3, 1, 2)
+  if others:
+    # Whole before it is turned: else each reader adds it all up once more.
+    out = jax.lax.optimization_barrier(out)
+  return out.transpose(0, 3, 1, 2)
 
 
 def _like(x, gradient):
