@@ -55,27 +55,40 @@ def generate(
   """
   if temperature > 0 and key is None:
     raise ValueError(f"temperature={temperature} needs a random key")
-  # Products of few rows are as fast without: this is for reading only.
+  # For reading only: products of few rows are faster without.
   options = sharding.compiler_options()
   if isinstance(batch["tokens"], jax.core.Tracer):
     options = {}  # those of the program that this is a part of
-  read = _reader(tuple(options.items()))
-  return _write(
+  keep = (sharding.platform() or jax.default_backend()) != "cpu"
+  read, write = _programs(tuple(options.items()), keep=keep)
+  cache, found = read(model, params, dict(batch), max_new_tokens)
+  tokens, lengths, _ = write(
     model,
     params,
-    read(model, params, dict(batch), max_new_tokens),
+    cache,
+    found,
     jax.random.key(0) if key is None else key,
     max_new_tokens=max_new_tokens,
     stop_ids=stop_ids,
     temperature=temperature,
     top_p=top_p,
     pad_id=pad_id,
+    keep=keep,
   )
+  return tokens, lengths
 
 
 @functools.cache
-def _reader(options):
-  return jax.jit(_read, static_argnums=(0, 3), compiler_options=dict(options))
+def _programs(options, *, keep):
+  """`_read` and `_write`; with `keep` the cache is written where it lies."""
+  names = "model max_new_tokens stop_ids temperature top_p pad_id keep"
+  write = jax.jit(
+    _write,
+    static_argnames=tuple(names.split()),
+    donate_argnames=("cache",) if keep else (),
+  )
+  read = jax.jit(_read, static_argnums=(0, 3), compiler_options=dict(options))
+  return read, write
 
 
 def _read(model, params, batch, room):
@@ -90,14 +103,16 @@ def _read(model, params, batch, room):
   position = jnp.max(jnp.where(valid, positions, 0), axis=axes) + 1
   cache = model.init_cache(B, T + room)
   logits, cache = _call(model, params, **batch, cache=cache, last=last)
-  return {
-    "cache": cache,
-    "logits": logits,
-    "segment": jnp.take_along_axis(segments, last[:, None], axis=1),  # [B 1]
-    "position": jnp.broadcast_to(
-      jnp.expand_dims(position, axes), (*positions.shape[:-1], 1)
-    ),
-  }
+  return (
+    cache,
+    {
+      "logits": logits,
+      "segment": jnp.take_along_axis(segments, last[:, None], axis=1),  # [B 1]
+      "position": jnp.broadcast_to(
+        jnp.expand_dims(position, axes), (*positions.shape[:-1], 1)
+      ),
+    },
+  )
 
 
 def _call(model, params, **kwargs):
@@ -105,21 +120,11 @@ def _call(model, params, **kwargs):
   return logits[:, 0], out["cache"]
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "model",
-    "max_new_tokens",
-    "stop_ids",
-    "temperature",
-    "top_p",
-    "pad_id",
-  ),
-)
 def _write(
   model,
   params,
-  read,
+  cache,
+  found,
   key,
   *,
   max_new_tokens,
@@ -127,15 +132,14 @@ def _write(
   temperature,
   top_p,
   pad_id,
+  keep,
 ):
-  """Tokens after what `_read` has read, and how many of each row are valid."""
-  cache, segment, position = (
-    read[name] for name in ("cache", "segment", "position")
-  )
+  """Tokens after what `_read` has read, how many are valid, and the cache."""
+  segment, position = found["segment"], found["position"]
   B = len(segment)
   keys = jax.random.split(key, max_new_tokens)
   stops = jnp.array(stop_ids or (-1,), jnp.int32)
-  if (sharding.platform() or jax.default_backend()) == "cpu":
+  if not keep:
     params, cache = apart(params, cache)
 
   def is_running(state):
@@ -179,10 +183,11 @@ def _write(
       "done": jnp.zeros(B, bool),
       "step": jnp.zeros((), jnp.int32),
     },
-    read["logits"],
+    found["logits"],
   )
   state = jax.lax.while_loop(is_running, step, state)
-  return state["tokens"], state["length"]
+  # What is donated must be returned to be written where it lies.
+  return state["tokens"], state["length"], state["cache"] if keep else None
 
 
 def apart(params: Any, cache: Any) -> tuple[Any, Any]:

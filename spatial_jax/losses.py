@@ -34,7 +34,8 @@ def _token_losses(logits, labels):
   top = jnp.max(logits, axis=-1)
   total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
   log_total = top + jnp.log(total)
-  if sharding.platform() == "cpu":  # sums nothing that it wouldn't write first
+  if sharding.platform() == "cpu":
+    # There, what the sum below adds up is written first, large as the logits.
     chosen = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")
     chosen = chosen[..., 0]
   else:

@@ -11,42 +11,24 @@ import pytest
 from spatial_jax import sharding
 from spatial_jax.models import llm
 from spatial_jax.nn import attention
+from spatial_jax.plan import cost
+from tests.test_kernels import arrays, packed
 
 
-def arrays(T, N, K, H):
-  rng = np.random.default_rng(T)
-  shapes = (2, T, N, H), (2, T, K, H), (2, T, K, H)
-  return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+def equations(function, *arguments):
+  return [e for e, _, _ in cost.equations(jax.make_jaxpr(function)(*arguments))]
 
 
-def packed(T):
-  """Two segments, a shared prefix and padding; one segment."""
-  cut = np.repeat([1, 2, 0], [T // 3, T // 3, T - 2 * (T // 3)])
-  segments = jnp.asarray([cut, np.ones(T, int)])
-  shared = jnp.arange(T)[None] < jnp.asarray([[9], [0]])
-  return attention.packed_mask(segments, segments, shared)
-
-
-def largest(jaxpr):
+def largest(function, *arguments):
   """Numbers of the largest array that a program computes."""
-  sizes = [0]
-  for eqn in jaxpr.eqns:
-    sizes += [math.prod(v.aval.shape) for v in eqn.outvars]
-    inner = jax.tree.leaves(
-      eqn.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
-    )
-    sizes += [
-      largest(x.jaxpr)
-      for x in inner
-      if isinstance(x, jax.extend.core.ClosedJaxpr)
-    ]
-  return max(sizes)
+  found = equations(function, *arguments)
+  return max(math.prod(v.aval.shape) for e in found for v in e.outvars)
 
 
 # The last part is shorter than the others.
 @pytest.mark.parametrize("T, N, K, parts", [(149, 4, 2, 3), (97, 2, 2, 2)])
 def test_a_causal_mask_is_computed_in_parts(T, N, K, parts):
-  inputs, mask = arrays(T, N, K, 8), packed(T)
+  inputs, mask = arrays(0, 2, T, T, N, K, 8), packed(T)
 
   def total(inputs):
     out = attention.attention(*inputs, mask, causal=True)
@@ -54,11 +36,11 @@ def test_a_causal_mask_is_computed_in_parts(T, N, K, parts):
 
   both = jax.grad(total, has_aux=True)
   want = jax.jit(both)(inputs)  # without a mesh: all at once
-  assert largest(jax.make_jaxpr(total)(inputs).jaxpr) == 2 * N * T * T
+  assert largest(total, inputs) == 2 * N * T * T
   with jax.set_mesh(sharding.mesh(devices=jax.devices()[:1])):
     # A function of its own: jit keeps programs by function and arguments.
     got = jax.jit(lambda x: both(x))(inputs)
-    most = largest(jax.make_jaxpr(lambda x: total(x))(inputs).jaxpr)
+    most = largest(lambda x: total(x), inputs)
   size = -(-T // parts)
   assert most == 2 * N * T * (T - size * (parts - 1))
   jax.tree.map(
@@ -100,7 +82,8 @@ def test_remat_of_products_computes_none_of_them_again():
     def loss(params):
       return jnp.sum(model.apply(params, ids, ids, ones)[0])
 
-    return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" = dot_general")
+    names = [e.primitive.name for e in equations(jax.grad(loss), params)]
+    return names.count("dot_general")
 
   kept = products("none")
   assert products("products") == kept

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
+from spatial_jax import generate as decoding
+from spatial_jax import sharding
 from spatial_jax.generate import generate, sample
 from spatial_jax.models import qwen2_5_vl
 
@@ -132,6 +134,38 @@ def test_text_without_images_is_continued():
   tokens, _ = generate(MODEL, params(), batch, max_new_tokens=4, stop_ids=())
   row = {name: array[0][..., :5] for name, array in batch.items()}
   np.testing.assert_array_equal(tokens[0], without_cache(row, 4))
+
+
+def test_decoding_inside_another_program_gives_the_same_tokens():
+  batch = prompts([8, 6], "left")
+  run = functools.partial(generate, MODEL, max_new_tokens=4, stop_ids=())
+  want, _ = run(params(), batch)
+  with jax.set_mesh(sharding.mesh(devices=jax.devices()[:1])):
+    got, _ = jax.jit(run)(params(), batch)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_off_the_cpu_a_cache_is_written_where_it_lies():
+  batch = prompts([8, 6], "left")
+  want, _ = generate(MODEL, params(), batch, max_new_tokens=4, stop_ids=())
+  read, write = decoding._programs((), keep=True)
+  cache, found = read(MODEL, params(), batch, 4)
+  tokens, _, after = write(
+    MODEL,
+    params(),
+    cache,
+    found,
+    jax.random.key(0),
+    max_new_tokens=4,
+    stop_ids=(),
+    temperature=0.0,
+    top_p=1.0,
+    pad_id=0,
+    keep=True,
+  )
+  np.testing.assert_array_equal(tokens, want)
+  assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+  assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
 
 
 def test_a_key_decides_what_is_sampled():

@@ -71,7 +71,7 @@ def attention(
     square = mask is not None and mask.shape[1] == key.shape[1] > 1
     with jax.named_scope(CAUSAL if square else SCORES):
       parts = _parts(query, key) if causal and bias is None else 1
-      return _xla(query, key, value, mask, bias, parts)
+      return _read(query, key, value, mask, bias, parts).astype(value.dtype)
   if bias is not None:
     raise ValueError(f"implementation={kind!r} knows no bias; use 'xla'")
   from spatial_jax.nn import kernels  # imports Pallas: only where it is used
@@ -111,16 +111,6 @@ def _parts(query, key):
   if context > 1 or query.shape[1] != key.shape[1]:
     return 1
   return max(min(query.shape[1] // _PART, _PARTS), 1)
-
-
-def _xla(query, key, value, mask, bias, parts=1):
-  """In parts of the queries, each with the keys up to its own; or all at once.
-
-  The gradient computes the scores again: a stack of them over layers would
-  have to be written and read, and costs more than the product.
-  """
-  out = _read(query, key, value, mask, bias, parts)
-  return out.astype(value.dtype)
 
 
 def _spans(length, parts):
@@ -173,6 +163,12 @@ def _scores(query, key, mask, bias):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _read(query, key, value, mask, bias, parts):
+  """What queries have read, in float32 [B T N H].
+
+  In parts of the queries, each with the keys up to its own; or all at once. The
+  gradient computes the scores again: a stack of them over layers would have to
+  be written and read, and costs more than the product.
+  """
   return _read_forward(query, key, value, mask, bias, parts)[0]
 
 

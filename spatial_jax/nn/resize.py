@@ -14,7 +14,6 @@ import functools
 
 import jax.numpy as jnp
 
-from spatial_jax import sharding
 from spatial_jax.geometry.resample import weights
 from spatial_jax.types import Array, Float
 
@@ -45,10 +44,8 @@ def resize(
     weights(old, new, method, antialias, align_corners, ratio)
     for old, new, ratio in zip(x.shape[-3:-1], size, scale, strict=True)
   )
-  # An accelerator then multiplies in half as many parts: enough of what is
-  # rounded to 8 bits; on TPU they hold 24 bits of their 32, on GPU only 11.
-  rough = x.dtype != jnp.float32 or sharding.platform() == "tpu"
-  precision = "high" if rough else "highest"
+  # An accelerator multiplies in half as many parts what is rounded to 8 bits.
+  precision = "highest" if x.dtype == jnp.float32 else "high"
   product = functools.partial(jnp.einsum, precision=precision)
   y = product("yh,...hwc->...ywc", down, x.astype(jnp.float32))
   y = product("xw,...ywc->...yxc", right, y)
