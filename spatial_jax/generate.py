@@ -55,12 +55,14 @@ def generate(
   """
   if temperature > 0 and key is None:
     raise ValueError(f"temperature={temperature} needs a random key")
-  # For reading only: products of few rows are faster without.
-  options = sharding.compiler_options()
-  if isinstance(batch["tokens"], jax.core.Tracer):
-    options = {}  # those of the program that this is a part of
+  is_part = isinstance(batch["tokens"], jax.core.Tracer)
+  options = (
+    # A part has those of the whole program.
+    () if is_part else tuple(sharding.compiler_options(few_rows=x).items())
+    for x in (False, True)
+  )
   keep = (sharding.platform() or jax.default_backend()) != "cpu"
-  read, write = _programs(tuple(options.items()), keep=keep)
+  read, write = _programs(*options, keep=keep)
   cache, found = read(model, params, dict(batch), max_new_tokens)
   tokens, lengths, _ = write(
     model,
@@ -79,15 +81,19 @@ def generate(
 
 
 @functools.cache
-def _programs(options, *, keep):
-  """`_read` and `_write`; with `keep` the cache is written where it lies."""
+def _programs(of_read, of_write, *, keep):
+  """`_read` and `_write`, compiled with these options.
+
+  With `keep` the cache is written where it lies.
+  """
   names = "model max_new_tokens stop_ids temperature top_p pad_id keep"
   write = jax.jit(
     _write,
     static_argnames=tuple(names.split()),
     donate_argnames=("cache",) if keep else (),
+    compiler_options=dict(of_write),
   )
-  read = jax.jit(_read, static_argnums=(0, 3), compiler_options=dict(options))
+  read = jax.jit(_read, static_argnums=(0, 3), compiler_options=dict(of_read))
   return read, write
 
 

@@ -9,6 +9,7 @@ arrays without boxes, and activations pass through `constrain`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -184,13 +185,29 @@ def platform() -> str:
   return getattr(device, "platform", None) or ""
 
 
-def compiler_options() -> dict[str, str]:
-  """`jax.jit`'s of programs for the mesh in force, above all training steps."""
-  if platform() != "cpu":
+def compiler_options(*, few_rows: bool = False) -> dict[str, str]:
+  """`jax.jit`'s of programs for the mesh in force, above all training steps.
+
+  Args:
+    few_rows: most products have few rows, as when a token a row is written.
+  """
+  if platform() != "cpu" or (few_rows and not _has_narrow_vectors()):
     return {}
   # Of the library that XLA calls there, sums are fast; products are slower than
-  # XLA's own, and so are both in one.
+  # XLA's own, and so are both in one. With 512-bit vectors and few rows, they
+  # are faster.
   return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@functools.cache
+def _has_narrow_vectors() -> bool:
+  """Whether this is an x86 processor without 512-bit vectors."""
+  try:
+    with open("/proc/cpuinfo") as file:
+      flags = next((x for x in file if x.startswith("flags")), "").split()
+  except OSError:
+    return False  # not Linux: nothing was measured there
+  return "avx2" in flags and "avx512f" not in flags
 
 
 def constrain(x: Any, axes: str) -> Any:

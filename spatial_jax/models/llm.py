@@ -29,12 +29,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from spatial_jax import losses, sharding
 from spatial_jax.models import llm_variants
 from spatial_jax.nn import edit as edits
-from spatial_jax.nn import rope, slots
-from spatial_jax.nn.attention import KEPT, attention, chunked, packed_mask
+from spatial_jax.nn import kv_cache, rope, slots
+from spatial_jax.nn.attention import (
+  KEPT,
+  READ,
+  attention,
+  chunked,
+  packed_mask,
+)
 from spatial_jax.nn.layers import (
   AdaptiveRMSNorm,
   Dense,
@@ -46,7 +53,7 @@ from spatial_jax.nn.layers import (
 )
 from spatial_jax.types import Array, Bool, Float, Int
 
-Cache = dict[str, Array]
+Cache = kv_cache.Cache
 Out = dict[str, Any]
 
 VARIANTS = llm_variants.VARIANTS
@@ -98,10 +105,9 @@ class Attention(nn.Module):
     query, key = heads(self.query), heads(self.key)
     if self.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
-    return (
-      rope.rotate(query, rotary),
-      rope.rotate(key, rotary),
-      heads(self.value),
+    query, key = rope.rotate(query, rotary), rope.rotate(key, rotary)
+    return tuple(
+      checkpoint_name(x, READ) for x in (query, key, heads(self.value))
     )
 
   def merge(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
@@ -206,7 +212,7 @@ class Block(nn.Module):
 
   def _attend(self, query, key, value, mask, cache, index):
     if cache is not None:
-      cache = _store(cache, key, value, index)
+      cache = kv_cache.store(cache, key, value, index)
     if mask.alone:
       key, value = (
         sharding.constrain(x, "batch keys act_heads head_dim")
@@ -217,28 +223,6 @@ class Block(nn.Module):
     if self.packing and cache is None:
       return chunked(query, key, value, mask.seen, *self.packing), cache
     return attention(query, key, value, mask.seen, causal=mask.causal), cache
-
-
-def _store(cache, key, value, index):
-  """The cache with keys and values in the slots from `index` on.
-
-  They lie as attention multiplies, keys as [B K H S], values as [B K S H]: else
-  every token turns all of them. Every row writes the same slots; `segments`
-  tells which are padding.
-  """
-  keys, values = cache
-  key = key.transpose(0, 2, 3, 1).astype(keys.dtype)
-  value = value.swapaxes(1, 2).astype(values.dtype)
-  write = jax.lax.dynamic_update_slice_in_dim
-  # Few heads are whole on every device: else a step would gather all slots.
-  return (
-    sharding.constrain(
-      write(keys, key, index, axis=3), "batch act_heads head_dim length"
-    ),
-    sharding.constrain(
-      write(values, value, index, axis=2), "batch act_heads length head_dim"
-    ),
-  )
 
 
 def _norm(module):
@@ -382,7 +366,7 @@ class Model(nn.Module):
     index, pairs = 0, None
     if cache is not None:
       index = cache["index"]
-      cache = _append(cache, segments, shared, mutual)
+      cache = kv_cache.append(cache, segments, shared, mutual)
       pairs = cache["key"], cache["value"]
     # The first slots of a cache: what it holds needs no reading.
     alone = isinstance(index, int) and index == 0
@@ -444,44 +428,10 @@ class Model(nn.Module):
     return rope.linear(positions, *options, scaling)
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """Empty cache of `length` slots; needs no parameters.
-
-    Its "index" is a number while it is known, and spares the first tokens a
-    look at empty slots; an array works as well.
-    """
-    heads, size = (self.layers, batch, self.kv_heads), self._head_dim
-    keys = jnp.zeros((*heads, size, length), self.dtype)
-    values = jnp.zeros((*heads, length, size), self.dtype)
-    return {
-      "key": sharding.constrain(keys, "layers batch act_heads head_dim length"),
-      "value": sharding.constrain(
-        values, "layers batch act_heads length head_dim"
-      ),
-      "segments": jnp.zeros((batch, length), jnp.int32),
-      "shared": jnp.zeros((batch, length), bool),
-      "mutual": jnp.zeros((batch, length), jnp.int32),
-      "index": 0,
-    }
-
-
-def _append(cache, segments, shared, mutual):
-  """Cache whose next slots belong to the given segments and groups."""
-  if shared is None:
-    shared = jnp.zeros(segments.shape, bool)
-  if mutual is None:
-    mutual = jnp.zeros(segments.shape, jnp.int32)
-
-  def write(old, new):
-    new = new.astype(old.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(old, new, cache["index"], axis=1)
-
-  return {
-    **cache,
-    "segments": write(cache["segments"], segments),
-    "shared": write(cache["shared"], shared),
-    "mutual": write(cache["mutual"], mutual),
-    "index": cache["index"] + segments.shape[1],
-  }
+    """Empty cache of `length` slots; needs no parameters. See `nn.kv_cache`."""
+    return kv_cache.empty(
+      self.layers, batch, length, self.kv_heads, self._head_dim, self.dtype
+    )
 
 
 def remat(
@@ -500,7 +450,8 @@ def remat(
     return block
   policies, known = jax.checkpoint_policies, None
   if policy in ("attention", "products"):
-    known = policies.save_only_these_names(KEPT)
+    names = (KEPT,) if policy == "attention" else (KEPT, READ)
+    known = policies.save_only_these_names(*names)
     if policy == "products":
       weights = policies.dots_with_no_batch_dims_saveable
       known = policies.save_from_both_policies(known, weights)

@@ -33,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from spatial_jax import hf, sharding
 from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import edit as edits
 from spatial_jax.nn import pruning, rope, scorer
-from spatial_jax.nn.attention import attention, share
+from spatial_jax.nn.attention import READ, attention, share
 from spatial_jax.nn.layers import (
   Dense,
   GatedMlp,
@@ -146,9 +147,7 @@ class Block(nn.Module):
     y = norm(self.eps, self.dtype, name="attention_norm")(x)
     qkv = Dense(3 * D, dtype=self.dtype, name="qkv")(y)
     qkv = qkv.reshape(R, S, 3, self.heads, D // self.heads)
-    query, key, value = (qkv[:, :, i] for i in range(3))
-    query, key = rope.rotate(query, rotary), rope.rotate(key, rotary)
-    qkv = jnp.stack([query, key, value], axis=2)
+    qkv = checkpoint_name(rope.rotate(qkv, rotary), READ)
     y = self._attend(qkv, is_full, layout, bias).reshape(R, S, D)
     y = Dense(D, dtype=self.dtype, name="out")(y)
     x = sharding.constrain(x + y, "batch patches act_embed")
@@ -296,7 +295,13 @@ class Model(nn.Module):
       rows = grid_positions(*grid[1:], self.merge)[None]
     else:
       rows = layout["patch_positions"]
-    rotary = rope.grid(rows, head_dim, self.theta)
+    cos, sin = rope.grid(rows, head_dim, self.theta)
+    # Of query, key and value, which turns by nothing: three in one piece, whose
+    # gradients need no zeros around them.
+    rotary = (
+      jnp.stack([cos, cos, jnp.ones_like(cos)], axis=-2),
+      jnp.stack([sin, sin, jnp.zeros_like(sin)], axis=-2),
+    )
     is_full = [
       not self.window or i in self.full_layers for i in range(self.layers)
     ]
@@ -481,7 +486,9 @@ class _Table(nn.Module):
 def _attend_rows(qkv, bias=None, mask=None):
   """Attention of [R S 3 N H] within each row; bias [R S] is the keys'."""
   bias = None if bias is None else bias[:, None]
-  return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask, bias)
+  # A split's gradient is one piece, those of slices are zeros for the others.
+  heads = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
+  return attention(*heads, mask, bias)
 
 
 def _attend_gathered(qkv, index, inverse):

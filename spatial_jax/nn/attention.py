@@ -40,6 +40,8 @@ TURN = re.compile(r"turn_(\d+)_of_(\d+)")
 AGAIN = "rematted_computation"
 # What the gradient of attention needs of it, for policies of `jax.checkpoint`.
 KEPT = "attention_kept"
+# What it reads, as models rotate it: for policies that keep products, too.
+READ = "attention_read"
 # Heads that cuDNN takes.
 _CUDNN_HEAD = 128
 
