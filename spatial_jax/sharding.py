@@ -191,7 +191,7 @@ def compiler_options(*, few_rows: bool = False) -> dict[str, str]:
   Args:
     few_rows: most products have few rows, as when a token a row is written.
   """
-  if platform() != "cpu" or (few_rows and not _has_narrow_vectors()):
+  if platform() != "cpu" or (few_rows and not has_narrow_vectors()):
     return {}
   # Of the library that XLA calls there, sums are fast; products are slower than
   # XLA's own, and so are both in one. With 512-bit vectors and few rows, they
@@ -200,10 +200,10 @@ def compiler_options(*, few_rows: bool = False) -> dict[str, str]:
 
 
 @functools.cache
-def _has_narrow_vectors() -> bool:
+def has_narrow_vectors(cpuinfo: str = "/proc/cpuinfo") -> bool:
   """Whether this is an x86 processor without 512-bit vectors."""
   try:
-    with open("/proc/cpuinfo") as file:
+    with open(cpuinfo) as file:
       flags = next((x for x in file if x.startswith("flags")), "").split()
   except OSError:
     return False  # not Linux: nothing was measured there

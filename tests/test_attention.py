@@ -64,7 +64,7 @@ def test_parts_are_few_and_not_short():
 
 
 def test_remat_of_products_computes_none_of_them_again():
-  def products(remat):
+  def primitives(remat):
     model = llm.Model(
       vocab=16,
       width=16,
@@ -82,11 +82,17 @@ def test_remat_of_products_computes_none_of_them_again():
     def loss(params):
       return jnp.sum(model.apply(params, ids, ids, ones)[0])
 
-    names = [e.primitive.name for e in equations(jax.grad(loss), params)]
-    return names.count("dot_general")
+    return [e.primitive.name for e in equations(jax.grad(loss), params)]
+
+  def products(remat):
+    return primitives(remat).count("dot_general")
 
   kept = products("none")
   assert products("products") == kept
   assert products("attention") > kept
   # All but the last of a layer's seven weights, and attention's two products.
   assert products("full") == kept + 8
+  # What attention reads is kept as it was turned: halves beside each other.
+  turns = [primitives(x).count("concatenate") for x in ("none", "products")]
+  assert turns[0] == turns[1] > 0
+  assert primitives("attention").count("concatenate") > turns[0]

@@ -159,3 +159,23 @@ def test_an_indivisible_batch_names_a_size_that_fits():
     sharding.check_batch(sharding.mesh(), 9)
   with pytest.raises(ValueError, match="multiple of 16"):
     sharding.check_batch(sharding.mesh(), 8, accumulate=2)
+
+
+@pytest.mark.parametrize(
+  ("flags", "narrow"),
+  [("fma avx2 bmi1", True), ("avx2 avx512f", False), ("sse2", False)],
+)
+def test_options_for_few_rows_go_by_the_width_of_vectors(
+  flags, narrow, tmp_path, monkeypatch
+):
+  file = tmp_path / "cpuinfo"
+  file.write_text(f"processor : 0\nflags\t\t: fpu {flags}\n")
+  found = sharding.has_narrow_vectors(str(file))
+  assert found == narrow
+  assert not sharding.has_narrow_vectors(str(tmp_path / "none"))
+  monkeypatch.setattr(sharding, "has_narrow_vectors", lambda: found)
+  assert sharding.compiler_options(few_rows=True) == {}  # no mesh, no platform
+  with jax.set_mesh(sharding.mesh(devices=jax.devices()[:1])):
+    many = sharding.compiler_options()
+    assert many
+    assert sharding.compiler_options(few_rows=True) == (many if narrow else {})
