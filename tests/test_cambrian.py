@@ -182,9 +182,8 @@ def test_an_image_may_stand_anywhere_in_a_row():
   first, later = sample(WIDE, at=2), sample(WIDE, at=9)
   _, out = run(params(), stack(first, later))
   count = SIDE * (SIDE + 1)
-  np.testing.assert_array_equal(
-    out["inputs"][0, 2 : 2 + count], out["inputs"][1, 9 : 9 + count]
-  )
+  # Rows of a batch are rounded alike on some processors only.
+  assert close(out["inputs"][0, 2 : 2 + count], out["inputs"][1, 9 : 9 + count])
   # Shifted by padding on the left, everything stays the same.
   left = {**first}
   for name in ("tokens", "segments", "shared", "positions"):

@@ -148,7 +148,7 @@ def test_decoding_inside_another_program_gives_the_same_tokens():
 def test_off_the_cpu_a_cache_is_written_where_it_lies():
   batch = prompts([8, 6], "left")
   want, _ = generate(MODEL, params(), batch, max_new_tokens=4, stop_ids=())
-  read, write = decoding._programs((), keep=True)
+  read, write = decoding._programs((), (), keep=True)
   cache, found = read(MODEL, params(), batch, 4)
   tokens, _, after = write(
     MODEL,

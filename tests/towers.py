@@ -3,12 +3,13 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from spatial_jax import hf
+from spatial_jax import hf, trees
 from spatial_jax.models import vit_keys
 from tests import manifests
 
@@ -32,6 +33,22 @@ def worst(got, want):
   got, want = np.asarray(got), np.asarray(want)
   assert got.shape == want.shape, (got.shape, want.shape)
   return np.max(np.abs(got - want)) / np.max(np.abs(want))
+
+
+def worst_gradient(got, want):
+  """`worst` of all leaves of a tree of parameters.
+
+  A key's bias moves all scores of a query alike, which changes nothing: its
+  gradient is rounding, as large as its kernel's allows.
+  """
+  got, want = trees.flatten(got), trees.flatten(want)
+  assert list(got) == list(want)
+  found = []
+  for name, b in want.items():
+    like = re.sub("key/bias$", "key/kernel", name)
+    size = max(np.max(np.abs(want[like])), np.finfo(np.float32).tiny)
+    found.append(np.max(np.abs(got[name] - b)) / size)
+  return max(found)
 
 
 def abstract(model, *inputs):
