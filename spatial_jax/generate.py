@@ -55,12 +55,13 @@ def generate(
   """
   if temperature > 0 and key is None:
     raise ValueError(f"temperature={temperature} needs a random key")
-  is_part = isinstance(batch["tokens"], jax.core.Tracer)
-  options = (
-    # A part has those of the whole program.
-    () if is_part else tuple(sharding.compiler_options(few_rows=x).items())
-    for x in (False, True)
-  )
+  if isinstance(batch["tokens"], jax.core.Tracer):
+    options = (), ()  # those of the program that this is a part of
+  else:
+    options = (
+      tuple(sharding.compiler_options(few_rows=x).items())
+      for x in (False, True)
+    )
   keep = (sharding.platform() or jax.default_backend()) != "cpu"
   read, write = _programs(*options, keep=keep)
   cache, found = read(model, params, dict(batch), max_new_tokens)

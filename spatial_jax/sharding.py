@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,7 @@ PARAMETERS = (
   (r"(.*/)?(bias|scale)", "none"),
 )
 _ADAPTER = re.compile(r"lora_(a|b|scale)$")
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 
 def mesh(
@@ -191,7 +193,7 @@ def compiler_options(*, few_rows: bool = False) -> dict[str, str]:
   Args:
     few_rows: most products have few rows, as when a token a row is written.
   """
-  if platform() != "cpu" or (few_rows and not has_narrow_vectors()):
+  if platform() != "cpu" or (few_rows and not _has_narrow_vectors()):
     return {}
   # Of the library that XLA calls there, sums are fast; products are slower than
   # XLA's own, and so are both in one. With 512-bit vectors and few rows, they
@@ -200,13 +202,13 @@ def compiler_options(*, few_rows: bool = False) -> dict[str, str]:
 
 
 @functools.cache
-def has_narrow_vectors(cpuinfo: str = "/proc/cpuinfo") -> bool:
+def _has_narrow_vectors() -> bool:
   """Whether this is an x86 processor without 512-bit vectors."""
   try:
-    with open(cpuinfo) as file:
-      flags = next((x for x in file if x.startswith("flags")), "").split()
+    lines = _CPUINFO.read_text().splitlines()
   except OSError:
     return False  # not Linux: nothing was measured there
+  flags = next((x for x in lines if x.startswith("flags")), "").split()
   return "avx2" in flags and "avx512f" not in flags
 
 

@@ -181,9 +181,12 @@ def test_text_is_the_same_with_a_masked_image_and_without_any():
 def test_an_image_may_stand_anywhere_in_a_row():
   first, later = sample(WIDE, at=2), sample(WIDE, at=9)
   _, out = run(params(), stack(first, later))
+  # The same row of a batch: how one is rounded may depend on which it is.
+  _, moved = run(params(), stack(later, first))
   count = SIDE * (SIDE + 1)
-  # Rows of a batch are rounded alike on some processors only.
-  assert close(out["inputs"][0, 2 : 2 + count], out["inputs"][1, 9 : 9 + count])
+  np.testing.assert_array_equal(
+    out["inputs"][0, 2 : 2 + count], moved["inputs"][0, 9 : 9 + count]
+  )
   # Shifted by padding on the left, everything stays the same.
   left = {**first}
   for name in ("tokens", "segments", "shared", "positions"):

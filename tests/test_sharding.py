@@ -170,10 +170,12 @@ def test_options_for_few_rows_go_by_the_width_of_vectors(
 ):
   file = tmp_path / "cpuinfo"
   file.write_text(f"processor : 0\nflags\t\t: fpu {flags}\n")
-  found = sharding.has_narrow_vectors(str(file))
-  assert found == narrow
-  assert not sharding.has_narrow_vectors(str(tmp_path / "none"))
-  monkeypatch.setattr(sharding, "has_narrow_vectors", lambda: found)
+  found = sharding._has_narrow_vectors.__wrapped__
+  monkeypatch.setattr(sharding, "_CPUINFO", tmp_path / "none")
+  assert not found()
+  monkeypatch.setattr(sharding, "_CPUINFO", file)
+  assert found() == narrow
+  monkeypatch.setattr(sharding, "_has_narrow_vectors", found)
   assert sharding.compiler_options(few_rows=True) == {}  # no mesh, no platform
   with jax.set_mesh(sharding.mesh(devices=jax.devices()[:1])):
     many = sharding.compiler_options()

@@ -441,8 +441,8 @@ def remat(
 
   Args:
     policy: "none", "full", "attention" (what `nn.attention` needs for its
-      gradient is kept; on CPU), "products" (this, and products with weights) or
-      a name in `jax.checkpoint_policies`.
+      gradient is kept; on CPU), "products" (this, what it reads, and products
+      with weights) or a name in `jax.checkpoint_policies`.
     scanned: it runs in a scan, which already prevents that what is computed
       twice is found to be the same.
   """
@@ -450,11 +450,12 @@ def remat(
     return block
   policies, known = jax.checkpoint_policies, None
   if policy in ("attention", "products"):
-    names = (KEPT,) if policy == "attention" else (KEPT, READ)
-    known = policies.save_only_these_names(*names)
+    known = policies.save_only_these_names(KEPT)
     if policy == "products":
-      weights = policies.dots_with_no_batch_dims_saveable
-      known = policies.save_from_both_policies(known, weights)
+      known = policies.save_from_both_policies(
+        policies.save_only_these_names(KEPT, READ),
+        policies.dots_with_no_batch_dims_saveable,
+      )
   elif policy != "full":
     known = getattr(policies, policy, None)
     if known is None:

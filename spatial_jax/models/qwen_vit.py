@@ -296,8 +296,8 @@ class Model(nn.Module):
     else:
       rows = layout["patch_positions"]
     cos, sin = rope.grid(rows, head_dim, self.theta)
-    # Of query, key and value, which turns by nothing: three in one piece, whose
-    # gradients need no zeros around them.
+    # [... S 3 H/2] for query, key and value, which turns by nothing: gradients
+    # of three parts would each be written between zeros.
     rotary = (
       jnp.stack([cos, cos, jnp.ones_like(cos)], axis=-2),
       jnp.stack([sin, sin, jnp.zeros_like(sin)], axis=-2),
