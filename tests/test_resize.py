@@ -3,6 +3,7 @@
 
 import importlib.util
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,10 @@ def test_constants_stay_and_the_same_size_changes_nothing(method, antialias):
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
   same = resample.weights(8, 8, method, antialias)
   np.testing.assert_array_equal(same, np.eye(8))
+  x = jnp.asarray(grid(8, 8, 2))
+  assert resize(x, (8, 8), method, antialias=antialias) is x
+  # Not where another scale is asked for.
+  assert resize(x, (8, 8), method, scale=(1.1, 1.1)) is not x
 
 
 def test_a_ramp_stays_a_ramp_away_from_the_border():

@@ -26,7 +26,7 @@ from spatial_jax import hf, sharding
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import rope
 from spatial_jax.nn.attention import unmasked
-from spatial_jax.nn.layers import Dense, LayerNorm, Scale, scan_layers
+from spatial_jax.nn.layers import Dense, LayerNorm, Scale, gelu, scan_layers
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
 
@@ -165,9 +165,7 @@ class Block(nn.Module):
     x = add(x, y, "attention_scale")
     y = LayerNorm(self.eps, self.stream, name="mlp_norm")(x)
     y = dense(int(x.shape[-1] * self.mlp_ratio), "up")(y)
-    # In float32: the function rounds its constants to the dtype of its input.
-    y = nn.gelu(y.astype(jnp.float32), approximate=False)
-    return add(x, dense(x.shape[-1], "down")(y), "mlp_scale")
+    return add(x, dense(x.shape[-1], "down")(gelu(y)), "mlp_scale")
 
 
 def stack(block: nn.Module, length: int, x: Array) -> Array:

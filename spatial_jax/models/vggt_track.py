@@ -34,7 +34,7 @@ from flax import linen as nn
 from spatial_jax import hf
 from spatial_jax.models import dino
 from spatial_jax.nn.attention import attention
-from spatial_jax.nn.layers import Dense, LayerNorm, scan_layers
+from spatial_jax.nn.layers import Dense, LayerNorm, gelu, scan_layers
 from spatial_jax.types import Array, Float
 
 _LONGEST = 518.0  # pixels that motion is divided by, at any image size
@@ -132,7 +132,7 @@ class Block(nn.Module):
       context = LayerNorm(1e-5, name="context_norm")(context)
     x = x + Attention(self.heads, name="attention")(x, context)
     y = _dense(4 * D, "up")(LayerNorm(1e-5, name="mlp_norm")(x))
-    return x + _dense(D, "down")(nn.gelu(y, approximate=False))
+    return x + _dense(D, "down")(gelu(y))
 
 
 class Layer(nn.Module):
@@ -180,9 +180,7 @@ class Refine(nn.Module):
       ],
       axis=-1,
     )
-    near = nn.gelu(
-      _dense(self.hidden, "correlation_up")(near), approximate=False
-    )
+    near = gelu(_dense(self.hidden, "correlation_up")(near))
     near = _dense(C, "correlation_down")(near)
     flow = guess - guess[:, :1]
     slow = flow / _LONGEST
@@ -194,7 +192,7 @@ class Refine(nn.Module):
     x = x + jnp.where(is_first, frame[:, :1, None], frame[:, 1:, None])
     change = self._transform(x, 2 + C)
     new = LayerNorm(1e-5, name="feature_norm")(change[..., 2:])
-    new = nn.gelu(_dense(C, "feature_update")(new), approximate=False)
+    new = gelu(_dense(C, "feature_update")(new))
     guess = jnp.where(is_first, queries[:, None], guess + change[..., :2])
     return (guess, features + new), guess
 

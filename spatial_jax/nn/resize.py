@@ -39,6 +39,8 @@ def resize(
     scale: output over input where it isn't the ratio of the sizes, along
       (y, x). Early DINOv2 code samples at (size + 0.1) / input.
   """
+  if x.shape[-3:-1] == tuple(size) and scale is None:
+    return x
   scale = scale or (None, None)
   down, right = (
     weights(old, new, method, antialias, align_corners, ratio)
