@@ -191,8 +191,8 @@ def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
   """x times the normal distribution's share below x; exact, in float32.
 
   By the error function, as PyTorch computes it: `jax.nn.gelu` takes its
-  complement, a program of twice the length in front of most products, and rounds
-  its constants to x's dtype. A gradient keeps the slope alone.
+  complement, a program of twice the length in front of most products, and
+  rounds its constants to x's dtype. A gradient keeps the slope alone.
   """
   return _gelu(x)[0]
 
