@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that all models share, against their definitions in float64."""
 
-import functools
+import importlib.util
 import math
 
 import jax
@@ -9,40 +9,64 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_jax.nn.layers import gelu
+from spatial_jax.nn.layers import activation, gelu
 
 X = np.linspace(-9, 9, 1001, dtype=np.float32)
+LOGISTIC = 2 * math.sqrt(2 / math.pi)  # tanh's GELU is x logistic(LOGISTIC u)
 
 
-def exact(x):
-  """The GELU and its slope."""
-  x = np.asarray(x, np.float64)
-  below = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+def normal(x):
+  below = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
   density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
   return x * below, below + x * density
 
 
+def swish(x):
+  share = 1 / (1 + np.exp(-x))
+  return x * share, share + x * share * (1 - share)
+
+
+def tanh(x):
+  share = 1 / (1 + np.exp(-LOGISTIC * (x + 0.044715 * x**3)))
+  inner = LOGISTIC * (1 + 3 * 0.044715 * x**2)
+  return x * share, share + x * share * (1 - share) * inner
+
+
 @pytest.mark.parametrize(
-  ("dtype", "atol", "rtol"), [("float32", 2e-6, 0), ("bfloat16", 2e-6, 2**-8)]
+  ("dtype", "rtol"), [("float32", 0), ("bfloat16", 2**-8)]
 )
-def test_gelu_and_its_slope_are_exact_but_for_the_last_rounding(
-  dtype, atol, rtol
-):
-  x = jnp.asarray(X, dtype)
-  value, slope = exact(x)
-  got = jax.jit(gelu)(x)
-  assert got.dtype == dtype
-  np.testing.assert_allclose(got.astype(np.float32), value, rtol, atol)
-  got = jax.jit(jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32))))(x)
-  assert got.dtype == dtype
-  np.testing.assert_allclose(got.astype(np.float32), slope, rtol, atol)
+# A slope of tanh is 1 - tanh^2, which leaves fewer digits.
+@pytest.mark.parametrize(
+  ("name", "exact", "atol"),
+  [("gelu", normal, 2e-6), ("gelu_tanh", tanh, 1e-5), ("silu", swish, 2e-6)],
+)
+def test_only_the_last_step_is_rounded(name, exact, atol, dtype, rtol):
+  function, x = activation(name), jnp.asarray(X, dtype)
+  value, slope = exact(np.asarray(x, np.float64))
+
+  def total(x):
+    return jnp.sum(function(x).astype(jnp.float32))
+
+  for got, want in ((function, value), (jax.grad(total), slope)):
+    y = jax.jit(got)(x)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(np.float32), want, rtol, atol)
 
 
-def test_a_gradient_of_gelu_keeps_one_array():
+def test_values_in_bfloat16_are_those_of_torch():
+  if importlib.util.find_spec("torch") is None:
+    pytest.skip("torch is not installed, and it is what is compared with")
+  import torch
+
+  want = torch.nn.functional.silu(torch.tensor(X).bfloat16()).float()
+  got = jax.jit(activation("silu"))(jnp.asarray(X, "bfloat16"))
+  np.testing.assert_array_equal(got.astype(np.float32), want)
+
+
+def test_a_gradient_keeps_one_array():
   kept = jax.tree.leaves(jax.vjp(gelu, jnp.asarray(X, "bfloat16"))[1])
   assert [(x.shape, x.dtype) for x in kept] == [(X.shape, jnp.bfloat16)]
   # Tangents as well: nothing here is for one direction alone.
-  tangent = functools.partial(jax.jvp, gelu, (jnp.float32(0.5),))
-  np.testing.assert_allclose(
-    tangent((jnp.float32(2.0),))[1], 2 * exact([0.5])[1][0], rtol=1e-6
-  )
+  tangent = jax.jvp(gelu, (jnp.float32(0.5),), (jnp.float32(2),))[1]
+  want = 2 * normal(np.array([0.5]))[1][0]
+  np.testing.assert_allclose(tangent, want, rtol=1e-6)

@@ -30,7 +30,7 @@ from flax import linen as nn
 from spatial_jax import hf
 from spatial_jax.models import vggt
 from spatial_jax.models.vggt_heads import uv_embed
-from spatial_jax.nn.layers import Dense, LayerNorm
+from spatial_jax.nn.layers import Dense, LayerNorm, gelu
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float
 
@@ -93,7 +93,7 @@ class Align(nn.Module):
     if self.norm:
       x = LayerNorm(1e-5, self.dtype, name="norm")(x)
     x = self._dense("up")(x)
-    x = self._dense("down")(nn.gelu(x, approximate=False))
+    x = self._dense("down")(gelu(x))
     mask = None if mask is None else mask.reshape(B, -1)
     out = {"align/projected": x, "align/target": target}
     return cosine(x, target, mask), out

@@ -48,6 +48,7 @@ from spatial_jax.nn.layers import (
   Mlp,
   RMSNorm,
   fan_in_init,
+  gelu,
   scan_layers,
 )
 from spatial_jax.types import Array, Float
@@ -219,7 +220,7 @@ class Merger(nn.Module):
     x = norm(self.eps, self.dtype, name="norm")(x)
     x = x.reshape(B, P // self.group, D * self.group)
     x = Dense(x.shape[-1], dtype=self.dtype, name="up")(x)
-    x = nn.gelu(x, approximate=False)
+    x = gelu(x)
     return Dense(self.features, dtype=self.dtype, name="down")(x)
 
 

@@ -37,7 +37,7 @@ from jaxtyping import Real
 from spatial_jax import hf, sharding
 from spatial_jax.models import llm, qwen2_5_vl, qwen_vit, vggt
 from spatial_jax.nn import edit as edit_lib
-from spatial_jax.nn.layers import Dense, RMSNorm
+from spatial_jax.nn.layers import Dense, RMSNorm, gelu
 from spatial_jax.types import Array, Bool, Float, Int
 
 Out = dict[str, Any]
@@ -88,7 +88,7 @@ class Stage(nn.Module):
 
     width = x.shape[-1]
     x = RMSNorm(1e-6, self.dtype, name="norm")(x)
-    x = nn.gelu(dense(width, "up")(x), approximate=False)
+    x = gelu(dense(width, "up")(x))
     x = sharding.constrain(x, "batch patches act_mlp")
     return dense(self.out_width, "down")(x)
 

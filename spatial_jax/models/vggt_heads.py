@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from spatial_jax import hf
 from spatial_jax.models import dino
-from spatial_jax.nn.layers import Dense, LayerNorm
+from spatial_jax.nn.layers import Dense, LayerNorm, gelu
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
 
@@ -116,7 +116,7 @@ class Refine(nn.Module):
     )
     y = dino.stack(block, self.depth, y[:, None])[:, 0]
     y = dense(D // 2, "up")(LayerNorm(1e-5, name="trunk_norm")(y))
-    guess = guess + dense(9, "down")(nn.gelu(y, approximate=False))
+    guess = guess + dense(9, "down")(gelu(y))
     fov = nn.relu(guess[..., 7:])
     return guess, jnp.concatenate([guess[..., :7], fov], axis=-1)
 

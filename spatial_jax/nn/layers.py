@@ -186,38 +186,46 @@ class Scale(nn.Module):
     return x * jnp.expand_dims(scale, range(x.ndim - 1))
 
 
-@jax.custom_jvp
-def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-  """x times the normal distribution's share below x; exact, in float32.
+def _rounded_once(function: Callable[[Array], Array]) -> Callable:
+  """An element-wise function in float32, of the input's dtype.
 
-  By the error function, as PyTorch computes it: `jax.nn.gelu` takes its
-  complement, a program of twice the length in front of most products, and
-  rounds its constants to x's dtype. A gradient keeps the slope alone.
+  So PyTorch computes them. With each step rounded to bfloat16, two in five
+  numbers would differ in their last bit, and the lower tail of a GELU in all of
+  them. A gradient keeps the slope alone.
   """
-  return _gelu(x)[0]
+
+  def both(x):
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    value, slope = jax.jvp(function, (y,), (jnp.ones_like(y),))
+    return value.astype(x.dtype), slope.astype(x.dtype)
+
+  @jax.custom_jvp
+  def rounded(x):
+    return both(x)[0]
+
+  @rounded.defjvp
+  def _(primals, tangents):
+    value, slope = both(*primals)
+    return value, slope * tangents[0]
+
+  return rounded
 
 
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
-  y, slope = _gelu(*primals)
-  return y, slope * tangents[0]
-
-
-def _gelu(x):
-  """The function and its slope."""
-  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  below = 0.5 + 0.5 * jax.lax.erf(y * math.sqrt(0.5))
-  density = jnp.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
-  return (y * below).astype(x.dtype), (below + y * density).astype(x.dtype)
+silu = _rounded_once(nn.silu)
+gelu_tanh = _rounded_once(functools.partial(nn.gelu, approximate=True))
+# x times the normal distribution's share below x, by the error function: with its
+# complement, as in `nn.gelu`, programs are longer in front of most products.
+gelu = _rounded_once(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)))
 
 
 def activation(name: str) -> Callable[[Array], Array]:
   """The function of a published name: "gelu" is the exact one."""
   functions = {
     "gelu": gelu,
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu_tanh": gelu_tanh,
+    # Published in two steps, each of the input's dtype.
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "silu": nn.silu,
+    "silu": silu,
     "relu": nn.relu,
   }
   if name not in functions:

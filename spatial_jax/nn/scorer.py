@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from spatial_jax.nn.attention import attention
-from spatial_jax.nn.layers import Dense
+from spatial_jax.nn.layers import Dense, silu
 from spatial_jax.types import Array, Float, Int
 
 Groups = Int[np.ndarray, "G S"]  # patches of each group; -1: none
@@ -79,8 +79,8 @@ class Scorer(nn.Module):
     y = dense(y.reshape(B, F, G, D), D, "out", kernel_init=_SMALL)
     before = jnp.pad(y[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
     z = jnp.concatenate([before, y], axis=-1)
-    z = nn.silu(dense(z, self.mlp, "up"))
-    z = nn.silu(dense(z, self.mlp, "middle"))
+    z = silu(dense(z, self.mlp, "up"))
+    z = silu(dense(z, self.mlp, "middle"))
     z = dense(z, 1, "down")[..., 0].astype(jnp.float32)
     return nn.sigmoid(z), y
 
