@@ -213,8 +213,8 @@ def _rounded_once(function: Callable[[Array], Array]) -> Callable:
 
 silu = _rounded_once(nn.silu)
 gelu_tanh = _rounded_once(functools.partial(nn.gelu, approximate=True))
-# x times the normal distribution's share below x, by the error function: with its
-# complement, as in `nn.gelu`, programs are longer in front of most products.
+# x times the normal distribution's share below x, by the error function: with
+# its complement, as in `nn.gelu`, programs are longer in front of most products.
 gelu = _rounded_once(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)))
 
 
