@@ -191,11 +191,11 @@ def _rounded_once(function: Callable[[Array], Array]) -> Callable:
 
   So PyTorch computes them. With each step rounded to bfloat16, two in five
   numbers would differ in their last bit, and the lower tail of a GELU in all of
-  them. A gradient keeps the slope alone.
+  them. A gradient then keeps the slope alone.
   """
 
   def both(x):
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(jnp.float32)
     value, slope = jax.jvp(function, (y,), (jnp.ones_like(y),))
     return value.astype(x.dtype), slope.astype(x.dtype)
 
@@ -208,13 +208,17 @@ def _rounded_once(function: Callable[[Array], Array]) -> Callable:
     value, slope = both(*primals)
     return value, slope * tangents[0]
 
-  return rounded
+  def apply(x):
+    is_half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return rounded(x) if is_half else function(x)
+
+  return apply
 
 
 silu = _rounded_once(nn.silu)
 gelu_tanh = _rounded_once(functools.partial(nn.gelu, approximate=True))
-# x times the normal distribution's share below x, by the error function: with
-# its complement, as in `nn.gelu`, programs are longer in front of most products.
+# x times the normal distribution's share below x, by the error function. By its
+# complement, as in `nn.gelu`, programs are longer in front of most products.
 gelu = _rounded_once(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)))
 
 
