@@ -8,7 +8,7 @@
   python -m spatial_jax evaluate --config=configs/demo.py --workdir=E
 
 `make demo` runs all of it on two CPU cores in 8 to 12 minutes and writes a
-report: VSI macro 65 to 68 on rooms never seen, as numbers are rounded,
+report: VSI macro 63 to 68 on rooms never seen, as numbers are rounded,
 31.9 for the blind model. Options: `stage=vision|joint`, `blind` (the same
 questions, no images), `layouts=FILE` (evaluate on real rooms in the VSI-Bench
 meta format), `test`.
