@@ -246,7 +246,7 @@ class Model(nn.Module):
       grid, out = self._towers[name](_flat(x))
       if name == "convnext":
         grid = convnext.multi_stage(out, side)
-      elif grid.shape[1] != side**2:
+      else:
         old = math.isqrt(grid.shape[1])
         grid = grid.reshape(-1, old, old, grid.shape[-1])
         grid = resize(grid, (side, side)).reshape(-1, side**2, grid.shape[-1])

@@ -35,7 +35,7 @@ from flax import linen as nn
 
 from spatial_jax import hf, losses
 from spatial_jax.models import forcing, llm, paligemma, vit
-from spatial_jax.nn.layers import Dense
+from spatial_jax.nn.layers import Dense, silu
 from spatial_jax.nn.time_embed import time_embed
 from spatial_jax.types import Array, Bool, Float, Int
 
@@ -185,11 +185,11 @@ class Model(nn.Module):
     x, condition = self.action_in(noisy), None
     groups = jnp.full((B, self.chunk), 3)
     if self._expert.adaptive:
-      condition = nn.silu(self.time_out(nn.silu(self.time_in(times))))
+      condition = silu(self.time_out(silu(self.time_in(times))))
     else:
       wide = jnp.broadcast_to(times[:, None], x.shape)
       x = self.time_in(jnp.concatenate([x, wide], axis=-1))
-      x = self.time_out(nn.silu(x))
+      x = self.time_out(silu(x))
       x = jnp.concatenate([self.state(state)[:, None], x], axis=1)
       groups = jnp.concatenate([jnp.full((B, 1), 2), groups], axis=1)
     count = jnp.sum(cache["segments"], axis=1, keepdims=True)

@@ -190,8 +190,8 @@ def _rounded_once(function: Callable[[Array], Array]) -> Callable:
   """An element-wise function in float32, of the input's dtype.
 
   So PyTorch computes them. With each step rounded to bfloat16, two in five
-  numbers would differ in their last bit, and the lower tail of a GELU in all of
-  them. A gradient then keeps the slope alone.
+  numbers would differ, and the lower tail of tanh's GELU by all of its size. A
+  gradient then keeps the slope alone. Float32 has nothing to round.
   """
 
   def both(x):
