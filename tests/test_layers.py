@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_jax.nn.layers import activation, gelu
+from spatial_jax.nn.layers import LayerNorm, activation, gelu
 
 X = np.linspace(-9, 9, 1001, dtype=np.float32)
 LOGISTIC = 2 * math.sqrt(2 / math.pi)  # tanh's GELU is x logistic(LOGISTIC u)
@@ -71,3 +71,35 @@ def test_a_gradient_keeps_one_array():
   tangent = jax.jvp(gelu, (x,), (jnp.bfloat16(2),))[1]
   want = 2 * normal(np.array([0.5]))[1][0]
   np.testing.assert_allclose(float(tangent), want, rtol=2**-8)
+
+
+def test_gradient_of_a_norm_is_that_of_its_definition():
+  rng = np.random.default_rng(0)
+  x = rng.normal(3, [[0.01], [1], [30]], (3, 4096)).astype(np.float32)
+  weights = rng.normal(size=x.shape).astype(np.float32)
+  norm = LayerNorm(1e-5)
+  params = {
+    "scale": rng.normal(size=4096).astype(np.float32),
+    "bias": rng.normal(size=4096).astype(np.float32),
+  }
+
+  def total(params, x):
+    return jnp.sum(norm.apply({"params": params}, x) * weights)
+
+  found = jax.jit(jax.grad(total, (0, 1)))(params, x)
+  rows, x64 = weights * params["scale"].astype(np.float64), x.astype(np.float64)
+  y = x64 - x64.mean(1, keepdims=True)
+  deviation = np.sqrt((y**2).mean(1, keepdims=True) + 1e-5)
+  y /= deviation
+  along = (rows * y).mean(1, keepdims=True)
+  want = (
+    {"scale": (weights * y).sum(0), "bias": weights.sum(0)},
+    (rows - rows.mean(1, keepdims=True) - y * along) / deviation,
+  )
+  for got, exact in zip(
+    jax.tree.leaves(found), jax.tree.leaves(want), strict=True
+  ):
+    np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * abs(exact).max())
+  # Row by row: their gradients differ by three orders of magnitude.
+  for got, exact in zip(found[1], want[1], strict=True):
+    np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * abs(exact).max())

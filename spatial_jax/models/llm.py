@@ -383,6 +383,8 @@ class Model(nn.Module):
       near = place[0][:, None] - place[1][None] < self.window
       mask = mask, mask.replace(seen=seen & near[None])
       rotary = rotary, self._rotary(positions, self.window_theta)
+    # Once for all blocks: XLA would compute cosines in each of them again.
+    rotary = jax.lax.optimization_barrier(rotary)
     out = {"llm/embedding": self.embed.embedding} if self.vocab else {}
     x = sharding.constrain(x.astype(self.dtype), "batch length act_embed")
     number = None

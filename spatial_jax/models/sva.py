@@ -39,6 +39,7 @@ from spatial_jax.nn.layers import (
   LayerNorm,
   activation,
   scan_layers,
+  standardized,
 )
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Bool, Float, Int
@@ -130,8 +131,10 @@ class KeyValue(nn.Module):
 
   @nn.compact
   def __call__(self, x):
+    x = standardized(x, EPS)
+
     def project(name):
-      y = LayerNorm(EPS, self.dtype, name=f"{name}_norm")(x)
+      y = LayerNorm(EPS, self.dtype, name=f"{name}_norm").affine(x)
       return _dense(self.width, self.dtype, name)(y)
 
     return project("key"), project("value")

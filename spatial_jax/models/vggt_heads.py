@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from spatial_jax import hf
 from spatial_jax.models import dino
-from spatial_jax.nn.layers import Dense, LayerNorm, gelu, silu
+from spatial_jax.nn.layers import Dense, LayerNorm, gelu, silu, standardized
 from spatial_jax.nn.resize import resize
 from spatial_jax.types import Array, Float
 
@@ -108,8 +108,7 @@ class Refine(nn.Module):
     y = dense(D, "embed_pose")(jnp.where(is_first, empty, guess))
     y = dense(3 * D, "modulation")(silu(y))
     shift, scale, gate = jnp.split(y, 3, axis=-1)
-    y = tokens - jnp.mean(tokens, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    y = standardized(tokens, 1e-6)
     y = gate * (y * (1 + scale) + shift) + tokens
     block = dino.Block(
       self.heads, self.mlp_ratio, scale=self.scale, name="trunk"
