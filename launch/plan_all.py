@@ -3,9 +3,9 @@
 
   python launch/plan_all.py [--only=WORD] [--seconds=600]
 
-Each row is a process of its own, one at a time: 1 to 5 minutes of a CPU core
-and 3 GB each. Rows whose process fails or takes longer keep their place in the
-table, with the reason. Needs `pip install 'spatial-jax[tpu]'` and no TPU.
+Each row is a process of its own, one at a time: 1 to 6 minutes of a CPU core
+and 2 to 6 GB each. Rows whose process fails or takes longer keep their place in
+the table, with the reason. Needs `pip install 'spatial-jax[tpu]'` and no TPU.
 """
 
 from __future__ import annotations

@@ -92,14 +92,11 @@ def test_gradient_of_a_norm_is_that_of_its_definition():
   deviation = np.sqrt((y**2).mean(1, keepdims=True) + 1e-5)
   y /= deviation
   along = (rows * y).mean(1, keepdims=True)
-  want = (
-    {"scale": (weights * y).sum(0), "bias": weights.sum(0)},
-    (rows - rows.mean(1, keepdims=True) - y * along) / deviation,
-  )
-  for got, exact in zip(
-    jax.tree.leaves(found), jax.tree.leaves(want), strict=True
-  ):
-    np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * abs(exact).max())
+  want_x = (rows - rows.mean(1, keepdims=True) - y * along) / deviation
   # Row by row: their gradients differ by three orders of magnitude.
-  for got, exact in zip(found[1], want[1], strict=True):
+  for got, exact in (
+    (found[0]["scale"], (weights * y).sum(0)),
+    (found[0]["bias"], weights.sum(0)),
+    *zip(found[1], want_x, strict=True),
+  ):
     np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * abs(exact).max())

@@ -175,23 +175,20 @@ class LayerNorm(nn.Module):
     return (x * scale + bias).astype(self.dtype)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def standardized(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
   """Zero mean and unit variance along the last axis, float32."""
-  return _standardized(x.astype(jnp.float32), eps)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _standardized(x, eps):
   return _over_deviation(x, eps)[0]
 
 
 def _over_deviation(x, eps):
+  x = x.astype(jnp.float32)
   y = x - jnp.mean(x, axis=-1, keepdims=True)
   factor = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   return y * factor, factor
 
 
-@_standardized.defjvp
+@standardized.defjvp
 def _(eps, primals, tangents):
   """Both means in one pass.
 
@@ -199,7 +196,7 @@ def _(eps, primals, tangents):
   waits for the first: that the result has no mean is not seen there.
   """
   y, factor = _over_deviation(*primals, eps)
-  t = tangents[0] * factor
+  t = tangents[0].astype(jnp.float32) * factor
   mean = functools.partial(jnp.mean, axis=-1, keepdims=True)
   return y, t - mean(t) - y * mean(y * t)
 
