@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
       # Its few layers aren't computed twice: 0.4 GiB an image, of a chip's 96.
       # "full" where memory is short.
       "sva": {"remat": "none"},
-      "loss_chunks": 8,
+      "loss_tokens": 4096,
     }
   )
   if arg.data:
@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.freeze = ((frozen, True), (".*", False))
   if arg.test:  # four towers take too long to compile
     c.steps, c.batch_size = 2, 8
-    c.model.update({"dtype": "float32", "remat": "none", "loss_chunks": 0})
+    c.model.update({"dtype": "float32", "remat": "none", "loss_tokens": 0})
     c.model.sva = ConfigDict({"groups": (4,), "depth": 1, "layers": 1})
     c.model.llm.layers = 3
   return c

@@ -81,7 +81,7 @@ def _scenes(c: ConfigDict, arg: ConfigDict) -> None:
       "variant": arg.variant,
       "dtype": "bfloat16",
       "remat": "full",
-      "loss_chunks": 8,
+      "loss_tokens": 4096,
     }
   )
   if arg.new:

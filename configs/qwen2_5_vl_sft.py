@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "variant": arg.variant,
       "dtype": "bfloat16",
       "remat": "full",
-      "loss_chunks": 8,  # 152k logits a token: never all at once
+      "loss_tokens": 4096,  # 152k logits each: never all at once
     }
   )
   c.init_from = arg.init

@@ -77,7 +77,7 @@ def _videos(c: ConfigDict, arg: ConfigDict) -> None:
       "variant": arg.variant,
       "dtype": "bfloat16",
       "remat": "full",
-      "loss_chunks": 8,
+      "loss_tokens": 4096,
     }
   )
   if arg.vggt:

@@ -72,7 +72,7 @@ def _videos(c: ConfigDict, arg: ConfigDict) -> None:
       "variant": arg.variant,
       "dtype": "bfloat16",
       "remat": "full",
-      "loss_chunks": 16,
+      "loss_tokens": 4096,
       "vision": {"drop": arg.drop, "bins": min(1.0, 1 - arg.drop + 1 / 16)},
     }
   )

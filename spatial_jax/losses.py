@@ -6,6 +6,8 @@ Letters: B batch, T length, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -68,7 +70,7 @@ def next_token(
   weight: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Metrics]:
   """sum(weight * cross-entropy) / sum(weight); labels are already shifted."""
-  return _reduce(*token_losses(logits, labels), weight)
+  return _reduce(*token_losses(logits, labels), _shares(weight))
 
 
 def next_token_chunked(
@@ -76,44 +78,106 @@ def next_token_chunked(
   kernel: Float[Array, "D V"],
   labels: Int[Array, "B T"],
   weight: Float[Array, "B T"],
-  chunks: int,
+  tokens: int,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """`next_token` that never holds the logits of more than T / chunks tokens."""
-  B, T, D = hidden.shape
-  if T % chunks:
-    raise ValueError(
-      f"a length of {T} tokens cannot be cut in {chunks} equal loss chunks; "
-      "set model.loss_chunks to a divisor"
-    )
+  """`next_token` in as many equal parts of the length as it takes.
 
-  def run(hidden, table, labels):
-    @jax.checkpoint
-    def chunk(_, inputs):
-      hidden, labels = inputs
-      logits = hidden.reshape(-1, D) @ table.astype(hidden.dtype).T
-      return None, token_losses(logits.reshape(*labels.shape, -1), labels)
+  Gradients are computed with the losses, while a part's logits are at hand: no
+  product is done again.
+
+  Args:
+    tokens: most whose logits a device holds at once. To read and write the
+      kernel's gradient, each part takes as long as for some 500 tokens more.
+  """
+  B, T, _ = hidden.shape
+  parts = -(-sharding.own_rows(B) * T // tokens)
+  chunks = min(1 << (parts - 1).bit_length(), T)  # lengths are powers of 2
+  if missing := -T % chunks:
+    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, missing)))
+    weight = jnp.pad(weight, ((0, 0), (0, missing)))
+  # The kernel goes in as a table of words lies: of a tied one, both gradients
+  # are added first, and then over devices.
+  return _in_chunks(chunks, hidden, kernel.T, labels, _shares(weight))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(chunks, hidden, table, labels, shares):
+  parts, _ = _scan(chunks, False, hidden, table, labels, shares)
+  return _reduce(*parts, shares)
+
+
+def _forward(chunks, hidden, table, labels, shares):
+  parts, of_table = _scan(chunks, True, hidden, table, labels, shares)
+  *parts, of_hidden = parts
+  return _reduce(*parts, shares), (*parts, of_hidden, of_table)
+
+
+def _backward(chunks, kept, gradients):
+  del chunks
+  cross_entropy, correct, of_hidden, of_table = kept
+  of_loss = gradients[0] + gradients[1]["loss"]
+  of_shares = of_loss * cross_entropy + gradients[1]["accuracy"] * correct
+  scaled = (x * of_loss.astype(x.dtype) for x in (of_hidden, of_table))
+  return *scaled, None, of_shares
+
+
+_in_chunks.defvjp(_forward, _backward)
+
+
+def _scan(chunks, gradients, hidden, table, labels, shares):
+  """Losses of all tokens; with gradients also of hidden states and table."""
+
+  def run(hidden, table, labels, shares):
+    def chunk(total, inputs):
+      hidden, labels, shares = inputs
+
+      def losses(hidden, table):
+        return token_losses(_logits(hidden, table), labels)
+
+      if not gradients:
+        return total, losses(hidden, table)
+      parts, pull = jax.vjp(losses, hidden, table)
+      of_hidden, of_table = pull((shares, jnp.zeros_like(shares)))
+      return total + of_table, (*parts, of_hidden)
 
     def split(x):
-      x = x.reshape(-1, chunks, T // chunks, *x.shape[2:])
+      x = x.reshape(-1, chunks, x.shape[1] // chunks, *x.shape[2:])
       return jnp.moveaxis(x, 1, 0)
 
-    _, parts = jax.lax.scan(chunk, None, (split(hidden), split(labels)))
-    return tuple(jnp.moveaxis(part, 0, 1).reshape(-1, T) for part in parts)
+    def join(x):
+      return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
-  # The compiler would sum the kernel's gradient over devices in every chunk. It
-  # goes in as a table of words lies: then those of a tied one are added first.
-  rows = sharding.rows_alone(B)
+    total = jnp.zeros(table.shape, table.dtype)
+    inputs = tuple(map(split, (hidden, labels, shares)))
+    total, parts = jax.lax.scan(chunk, total, inputs)
+    return tuple(map(join, parts)), jax.lax.psum(total, axes)
+
+  # The compiler would sum the table's gradient over devices in every chunk.
+  rows, axes = sharding.rows_alone(hidden.shape[0]), ()
   if rows:
+    axes = rows[0]
     run = jax.shard_map(
-      run, in_specs=(rows, P(), rows), out_specs=(rows, rows), check_vma=False
+      run,
+      in_specs=(rows, P(), rows, rows),
+      out_specs=(rows, P()),
+      check_vma=False,
     )
-  return _reduce(*run(hidden, kernel.T, labels), weight)
+  return run(hidden, table, labels, shares)
 
 
-def _reduce(cross_entropy, correct, weight):
+def _logits(hidden, table):
+  B, T, D = hidden.shape
+  logits = hidden.reshape(-1, D) @ table.astype(hidden.dtype).T
+  return logits.reshape(B, T, -1)
+
+
+def _shares(weight):
   weight = weight.astype(jnp.float32)
   # The floor only serves batches without any label: they give 0, not NaN.
-  total = jnp.maximum(jnp.sum(weight), 1e-9)
-  loss = jnp.sum(cross_entropy * weight) / total
-  accuracy = jnp.sum(correct * weight) / total
-  return loss, {"loss": loss, "accuracy": accuracy}
+  return weight / jnp.maximum(jnp.sum(weight), 1e-9)
+
+
+def _reduce(cross_entropy, correct, shares):
+  loss = jnp.sum(cross_entropy * shares)
+  return loss, {"loss": loss, "accuracy": jnp.sum(correct * shares)}

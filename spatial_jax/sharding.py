@@ -166,15 +166,23 @@ def spec(axes: Sequence[str], shape: Sequence[int]) -> P:
   return _spec(axes, shape, {} if current.empty else current.shape)[0]
 
 
+def own_rows(rows: int) -> int:
+  """How many rows of a batch a device has."""
+  current = jax.sharding.get_abstract_mesh()
+  if current.empty or AxisType.Manual in current.axis_types:
+    return rows
+  placed = NamedSharding(current, spec(["batch"], [rows]))
+  return placed.shard_shape((rows,))[0]
+
+
 def rows_alone(rows: int) -> P | None:
   """Spec of a batch if every device has rows of its own; or None."""
   current = jax.sharding.get_abstract_mesh()
   manual = AxisType.Manual in current.axis_types
   if current.empty or manual or current.size == 1:
     return None
-  placed = spec(["batch"], [rows])
-  (own,) = NamedSharding(current, placed).shard_shape((rows,))
-  return placed if own * current.size == rows else None
+  alone = own_rows(rows) * current.size == rows
+  return spec(["batch"], [rows]) if alone else None
 
 
 def platform() -> str:

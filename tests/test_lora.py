@@ -61,7 +61,7 @@ def draw(shapes):
 def program():
   """params, batch -> logits, and the loss that never holds all of them."""
   system = tiny()[0]
-  chunked = system.model.clone(loss_chunks=4)
+  chunked = system.model.clone(loss_tokens=8)
 
   @quick
   def run(params, batch):

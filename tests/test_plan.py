@@ -150,12 +150,12 @@ def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
   ids, labels = rng.integers(0, 24, (2, 8, 48)).astype(np.int32)
   weight = rng.random((8, 48)).astype(np.float32)
 
-  def loss(table, ids, labels, weight, chunks=0):
+  def loss(table, ids, labels, weight, tokens=0):
     table = sharding.whole(table, "embed/embedding")
     hidden = jnp.tanh(3 * layers.lookup(table, ids))
-    if not chunks:
+    if not tokens:
       return losses.next_token(hidden @ table.T, labels, weight)[0]
-    made = losses.next_token_chunked(hidden, table.T, labels, weight, chunks)
+    made = losses.next_token_chunked(hidden, table.T, labels, weight, tokens)
     return made[0]
 
   want = jax.grad(loss)(table, ids, labels, weight)
@@ -164,8 +164,8 @@ def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
     run = jax.jit(jax.grad(loss), static_argnums=4, out_shardings=place)
     batch = jax.device_put((ids, labels, weight), rows)
     arguments = jax.device_put(table, place), *batch
-    for chunks in (3, 6):
-      compiled = run.lower(*arguments, chunks).compile()
+    for tokens in (48, 12):  # of one row a device
+      compiled = run.lower(*arguments, tokens).compile()
       got = compiled(*arguments)
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
       found = hlo.by_kind(hlo.collectives(compiled.as_text()))
@@ -173,6 +173,9 @@ def test_a_tied_table_is_gathered_once_and_its_gradients_summed_once():
       assert moved.pop("all-gather") == table.nbytes
       # Of the lookup and of the head, which chips add before; and of numbers.
       assert sum(moved.values()) <= 2 * table.nbytes + 64
+      # Each device's products count: two with the table, one for its gradient.
+      jaxpr = run.trace(*arguments, tokens).jaxpr
+      assert cost.flops(jaxpr, 8).model == 3 * 2 * 8 * 48 * 16 * 24
 
 
 @pytest.mark.parametrize("data, fsdp", [(1, 8), (2, 4)])

@@ -41,7 +41,7 @@ def test_a_masked_kernel_fits_a_core(heads, size):
 def test_full_width_step_compiles_as_predicted():
   config = qwen2_5_vl_sft.get_config("variant=3b")
   # What takes time is the number of different layers and their width.
-  config.data.length, config.model.loss_chunks = 512, 2
+  config.data.length, config.model.loss_tokens = 512, 256
   config.data.layout.update(
     {"patches": 1024, "frames": 2, "frame_patches": 512, "windows": 32}
   )

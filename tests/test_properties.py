@@ -13,6 +13,7 @@ from spatial_jax import losses, sharding
 from spatial_jax.data import positions
 from spatial_jax.models import llm, llm_start
 from spatial_jax.nn import attention as attentions
+from spatial_jax.plan import cost
 
 LLM = {
   "vocab": 40,
@@ -155,30 +156,43 @@ def test_scan_and_recomputation_options_change_no_number():
     outcome(remat="dots")
 
 
-def test_a_chunked_loss_equals_the_whole_loss():
+@pytest.mark.parametrize("tokens, parts", [(12, 1), (6, 2), (5, 4), (1, 6)])
+def test_a_chunked_loss_equals_the_whole_loss(tokens, parts):
   rng = np.random.default_rng(0)
   hidden = rng.normal(size=(2, 6, 8)).astype(np.float32)
   kernel = rng.normal(size=(8, 11)).astype(np.float32)
   labels = rng.integers(0, 11, (2, 6))
   weight = rng.random((2, 6)).astype(np.float32)
 
-  def whole(hidden, kernel):
-    return losses.next_token(hidden @ kernel, labels, weight)
+  def whole(hidden, kernel, weight):
+    loss, metrics = losses.next_token(hidden @ kernel, labels, weight)
+    return 3 * loss, metrics
 
-  def parts(hidden, kernel):
-    return losses.next_token_chunked(hidden, kernel, labels, weight, 3)
+  def chunked(hidden, kernel, weight):
+    loss, metrics = losses.next_token_chunked(
+      hidden, kernel, labels, weight, tokens
+    )
+    return 3 * loss, metrics
 
+  arguments = hidden, kernel, weight
   got, want = (
-    jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, kernel)
-    for f in (parts, whole)
+    jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*arguments)
+    for f in (chunked, whole)
   )
   jax.tree.map(close, got, want)
+  close(jax.jit(chunked)(*arguments)[0], want[0][0])  # without gradients
+  # One product there and two back, of as many parts, and none done again.
+  step = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
+  counted = cost.flops(cost.trace(step, *arguments), 128)
+  length = parts * -(-6 // parts)
+  assert counted.model == counted.program == 3 * 2 * 2 * length * 8 * 11
+  # The gradient of a kernel that isn't trained is not computed.
+  frozen = jax.jit(jax.grad(chunked, has_aux=True)).lower(*arguments).compile()
+  assert frozen.as_text().count(" dot(") == 2
   # By hand: log-softmax of the labels.
   log_p = jax.nn.log_softmax(hidden @ kernel)
   chosen = np.take_along_axis(np.asarray(log_p), labels[..., None], -1)[..., 0]
-  close(want[0][0], -np.sum(chosen * weight) / np.sum(weight))
-  with pytest.raises(ValueError, match="4 equal loss chunks"):
-    losses.next_token_chunked(hidden, kernel, labels, weight, 4)
+  close(want[0][0], -3 * np.sum(chosen * weight) / np.sum(weight))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

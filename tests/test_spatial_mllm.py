@@ -312,7 +312,7 @@ def test_the_cache_command_writes_what_training_reads(tmp_path):
   recipe = spatial_mllm_sft.get_config(
     f"variant=tiny,questions=1,data={file},cache={tmp_path}/cache"
   )
-  recipe.model.update({"dtype": "float32", "remat": "none", "loss_chunks": 0})
+  recipe.model.update({"dtype": "float32", "remat": "none", "loss_tokens": 0})
   recipe.optimizer.master = False
   recipe.data.media.update({"frames": 4, "height": SIDE, "width": SIDE})
   recipe.data.media.update({"patch": 8, "geometry": (4, 16, 64)})

@@ -51,7 +51,7 @@ def large(size: str, **more) -> dict:
   case = {"text": text, "vision": {**TOWER, "out_width": text["width"]}}
   case |= {"dtype": "bfloat16", "rows": 4, "length": 2048}
   case |= {"images": 4, "side": 448}
-  model = {"remat": "dots_with_no_batch_dims_saveable", "loss_chunks": 8}
+  model = {"remat": "dots_with_no_batch_dims_saveable", "loss_tokens": 4096}
   return {**case, "model": model, **more}
 
 
@@ -268,7 +268,7 @@ GPU_SIZES = {
     "visual": 3128,
     "geometry": (16, 34 * 46, 2048),
     "media": {"frames": 16, "images": 0, "height": 476, "width": 644},
-    "model": {"dtype": "bfloat16", "remat": "full", "loss_chunks": 8},
+    "model": {"dtype": "bfloat16", "remat": "full", "loss_tokens": 4096},
   },
   "stts": [
     {"frames": n, "drop": 0.5, "side": 9, "width": 2560, "layers": 4}
@@ -316,7 +316,7 @@ def gpu() -> list[Row]:
     for n, bar in ((1, 3), (32, 2))
   ]
   text = large("7b", images=0, length=4096, rows=1)
-  text["model"] = {"remat": "full", "loss_chunks": 8}
+  text["model"] = {"remat": "full", "loss_tokens": 4096}
   rows.append(
     single(
       "7b, text alone, training step of 4096 tokens, full remat",
@@ -338,7 +338,7 @@ def toy(suite: str) -> list[Row]:
   case = {**TOY, "rows": 1}
   if suite == "gpu":
     case |= {"dtype": "bfloat16"}
-    case["model"] = {"remat": "full", "loss_chunks": 4}
+    case["model"] = {"remat": "full", "loss_tokens": 16}
     low = {"dtype": "bfloat16"}
     mixed = {
       "variant": "tiny",
@@ -348,7 +348,7 @@ def toy(suite: str) -> list[Row]:
       "visual": 32,
       "geometry": (4, 64, 64),
       "media": {"frames": 4, "images": 0, "height": 64, "width": 64},
-      "model": {"dtype": "bfloat16", "remat": "full", "loss_chunks": 2},
+      "model": {"dtype": "bfloat16", "remat": "full", "loss_tokens": 32},
     }
     return [
       matmul_row(32, "bfloat16"),

@@ -496,21 +496,21 @@ def next_token(
   logits: Float[Array, "B T V"],
   out: Out,
   batch: Mapping[str, Array],
-  chunks: int = 0,
+  tokens: int = 0,
 ) -> tuple[Float[Array, ""], losses.Metrics]:
   """Weighted next-token loss of what `Model` has returned.
 
   Args:
     params: the decoder's own.
     batch: has labels and loss_weight [B T]; labels are shifted already.
-    chunks: parts of the length that are computed one by one; 0: all at once.
+    tokens: most whose logits a device holds at once; 0: all.
   """
   labels, weight = batch["labels"], batch["loss_weight"]
-  if not chunks:
+  if not tokens:
     return losses.next_token(logits, labels, weight)
   # The whole logits are not used then, so that jit never computes them.
   return losses.next_token_chunked(
-    out["llm/hidden"], head_kernel(params), labels, weight, chunks
+    out["llm/hidden"], head_kernel(params), labels, weight, tokens
   )
 
 
@@ -537,7 +537,7 @@ def answer_loss(arguments: Callable[[Mapping[str, Array]], dict[str, Any]]):
       {"params": params}, **arguments(batch), train=train, rngs=rngs
     )
     value, metrics = next_token(
-      params["llm"], logits, out, batch, model.loss_chunks
+      params["llm"], logits, out, batch, model.loss_tokens
     )
     return value, (metrics, out)
 

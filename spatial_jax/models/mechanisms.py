@@ -128,14 +128,14 @@ class Model(nn.Module):
   video_token: int = 151656
   dtype: str = "float32"
   remat: str = "none"
-  loss_chunks: int = 0
+  loss_tokens: int = 0
   vision_gradient: float = 1.0  # see `qwen2_5_vl.Model`
   temporal_weight: float = 0.5
 
   def setup(self) -> None:
     self._check()
     names = ("vit", "llm", "grid", "image_token", "video_token", "dtype")
-    names += ("remat", "loss_chunks", "vision_gradient", "temporal_weight")
+    names += ("remat", "loss_tokens", "vision_gradient", "temporal_weight")
     self._base = qwen2_5_vl.Model(**{n: getattr(self, n) for n in names})
     # Its parameters keep the names that they have without mechanisms.
     nn.share_scope(self, self._base)

@@ -64,7 +64,7 @@ class Model(nn.Module):
   image_token: int = 151938  # of a patch
   dtype: str = "float32"
   remat: str = "none"
-  loss_chunks: int = 0  # over the length; 0: all logits at once
+  loss_tokens: int = 0  # whose logits a device holds at once; 0: all
 
   def setup(self) -> None:
     shared = {"dtype": self.dtype, "remat": self.remat}

@@ -147,7 +147,7 @@ class Model(nn.Module):
   video_token: int = 151656
   dtype: str = "float32"
   remat: str = "none"
-  loss_chunks: int = 0  # over the length; 0: all logits at once
+  loss_tokens: int = 0  # whose logits a device holds at once; 0: all
   # Share of the decoder's gradient that reaches the vision tower. Below 1 where
   # the tower has losses of its own, which an untrained decoder would drown.
   vision_gradient: float = 1.0
@@ -283,7 +283,7 @@ def loss(
     logits = take(logits, order)
     hidden = {"llm/hidden": take(out["llm/hidden"], order)}
   value, metrics = llm.next_token(
-    params["llm"], logits, hidden, rows, model.loss_chunks
+    params["llm"], logits, hidden, rows, model.loss_tokens
   )
   if "prune/temporal" in out:
     metrics["temporal"] = out["prune/temporal"]

@@ -108,7 +108,7 @@ class Model(nn.Module):
   temporal_weight: float = 0.5  # of the auxiliary loss
   dtype: str = "float32"
   remat: str = "none"
-  loss_chunks: int = 0  # over the length; 0: all logits at once
+  loss_tokens: int = 0  # whose logits a device holds at once; 0: all
 
   def setup(self) -> None:
     shared = {"dtype": self.dtype, "remat": self.remat}
@@ -239,7 +239,7 @@ def loss(
   if "llm/order" in out:
     left = {name: take(x, out["llm/order"]) for name, x in left.items()}
   value, metrics = llm.next_token(
-    params["llm"], out["llm/logits"], out, left, model.loss_chunks
+    params["llm"], out["llm/logits"], out, left, model.loss_tokens
   )
   if "prune/temporal" in out:
     metrics["temporal"] = out["prune/temporal"]

@@ -105,8 +105,8 @@ def equations(
 ) -> Iterator[tuple[Any, float, str]]:
   """(equation, how often it runs, its name stack) of a jaxpr and those in it.
 
-  Of a conditional the branches count by the share that their scope names (see
-  `attention.share`), or else all as often.
+  On all devices together. Of a conditional the branches count by the share that
+  their scope names (see `attention.share`), or else all as often.
   """
   for eqn in jaxpr.eqns:
     here = f"{names}/{eqn.source_info.name_stack}"
@@ -115,6 +115,8 @@ def equations(
     repeat = 1
     if eqn.primitive.name == "scan":
       repeat = eqn.params["length"]
+    elif eqn.primitive.name == "shard_map":
+      repeat = eqn.params["mesh"].size  # each device, on its own part
     if eqn.primitive.name == "pallas_call":
       continue
     for body in inner:
