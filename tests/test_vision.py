@@ -48,19 +48,18 @@ def patches(*shape):
 
 @pytest.mark.parametrize("h,w", [(8, 8), (6, 10), (2, 4)])
 def test_windows_as_reshapes_equal_masked_attention(h, w):
+  order, windows = qwen_vit.window_order(h, w, 2, 2)
   block = qwen_vit.Block(
     heads=2,
     mlp=8,
-    grid=(1, h, w),
-    merge=2,
-    window=2,
+    windows=windows,
     full=(0, 1),
     eps=1e-6,
     dtype="float32",
   )
   qkv = patches(3, h * w, 3, 2, 4)
   got = jax.jit(block._attend_windows)(jnp.asarray(qkv), None)
-  window = qwen_vit.grid_positions(h, w, 2) // 4
+  window = qwen_vit.grid_positions(h, w, 2)[order] // 4
   same = np.all(window[:, None] == window[None], axis=-1)
   want = jax.jit(attentions.attention)(*np.moveaxis(qkv, 2, 0), same[None])
   close(got, want)

@@ -13,6 +13,7 @@ the patches into (windows, patches), never by a mask over all of them.
 
 Two ways to say what the patches are:
 * `grid=(frames, h, w)`, static, the same for all rows: reshapes and constants.
+  Between the blocks, the patches of a window lie together.
 * `layout`, arrays that `data.vision.layout` made: images of any sizes, padded.
 
 Departures from the paper, all off in the published sizes: a learned table of
@@ -54,6 +55,7 @@ from spatial_jax.nn.layers import (
 from spatial_jax.types import Array, Float
 
 Grid = tuple[int, int, int]
+Windows = tuple[tuple[int, int], ...]  # (windows, patches in each)
 Out = dict[str, Any]
 # Rows of patches, or whole frames.
 Patches = Float[Array, "B P C"] | Float[Array, "B F height width channels"]
@@ -131,9 +133,7 @@ class Block(nn.Module):
 
   heads: int
   mlp: int
-  grid: Grid | None
-  merge: int
-  window: int  # side in merged tokens
+  windows: Windows | None  # of a frame, one after the other; None: a layout
   full: tuple[int, int]  # so many layers of so many have no windows
   eps: float
   dtype: str
@@ -163,7 +163,7 @@ class Block(nn.Module):
     return x, x
 
   def _attend(self, qkv, is_full, layout, bias):
-    if self.grid is not None:
+    if self.windows is not None:
       full = _attend_rows
       windows = self._attend_windows
     else:
@@ -188,20 +188,22 @@ class Block(nn.Module):
     return jax.lax.cond(is_full, full, windows, qkv, bias)
 
   def _attend_windows(self, qkv, bias):
-    """Windows of a uniform grid, cut at its right and lower border."""
-    _, h, w = self.grid
-    m, side = self.merge, self.window
-    shape = h // m, w // m, m * m
-    parts = to_windows(qkv.reshape(qkv.shape[0], *shape, *qkv.shape[2:]), side)
+    """Windows that lie one after the other: those of a size are reshapes."""
+    R, _, _, N, H = qkv.shape
+    ends = np.cumsum([count * size for count, size in self.windows])[:-1]
+    # Heads come before time, as attention reads them: a TPU would otherwise lay
+    # out anew what a part of the time is cut from, and then each part.
+    parts = jnp.split(qkv.swapaxes(1, 3), ends, axis=3)
+    biases = [None] * len(parts)
     if bias is not None:
-      bias = to_windows(bias.reshape(-1, *shape), side)
-    mask = None
-    if shape[0] % side or shape[1] % side:
-      inside = to_windows(np.ones((1, *shape), bool), side)  # [windows S]
-      mask = jnp.tile(inside, (qkv.shape[0], 1))[:, None]
-    y = _attend_rows(parts, bias, mask)
-    y = from_windows(y, side, *shape[:2])  # [R Y X 4 N H]
-    return y.reshape(*qkv.shape[:2], *y.shape[4:])
+      biases = jnp.split(bias, ends, axis=1)
+    found = []
+    for x, bias, (count, size) in zip(parts, biases, self.windows, strict=True):
+      x = x.reshape(R, N, 3, count, size, H).transpose(0, 3, 4, 2, 1, 5)
+      bias = None if bias is None else bias.reshape(-1, size)
+      y = _attend_rows(x.reshape(-1, size, 3, N, H), bias)
+      found.append(y.reshape(R, count * size, N, H))
+    return jnp.concatenate(found, axis=1)
 
 
 class Merger(nn.Module):
@@ -290,10 +292,14 @@ class Model(nn.Module):
     x = edits.apply(edit, self._add_tables(x, grid), 0)
     out = {"vit/embedded": x}
     head_dim = self.width // self.heads
+    order = inverse = windows = None
     if grid is not None:
+      side = self.side or max(grid)  # of a window, or of the whole frame
+      order, windows = window_order(*grid[1:], self.merge, side)
+      inverse = np.argsort(order)
       x = x.reshape(B * grid[0], -1, self.width)
-      edit = edits.split_rows(edit, grid[0])
-      rows = grid_positions(*grid[1:], self.merge)[None]
+      edit = edits.split_rows(edit, grid[0], order)
+      rows = grid_positions(*grid[1:], self.merge)[None, order]
     else:
       rows = layout["patch_positions"]
     cos, sin = rope.grid(rows, head_dim, self.theta)
@@ -309,9 +315,7 @@ class Model(nn.Module):
     options = (
       self.heads,
       self.mlp,
-      grid,
-      self.merge,
-      self.side,
+      windows,
       (sum(is_full), self.layers),
       self.eps,
       self.dtype,
@@ -327,11 +331,16 @@ class Model(nn.Module):
     pruned = {}
     if self.prune is None or self.is_initializing():
       number = None if edit is None else jnp.arange(self.layers)
+      x = reorder(x, order, inverse)
       x, xs = blocks(x, is_full, rotary, layout, None, number, edit)
+      x = reorder(x, inverse, order)
+      xs = reorder(xs.reshape(-1, *x.shape[1:]), inverse, order)
       out["vit/blocks"] = xs.reshape(self.layers, B, P, self.width)
     if self.prune is not None:
 
       def run(x, first, last, bias=None):
+        bias = None if bias is None else bias[:, order]
+
         def step(x, layer):
           params, is_full = layer
           x, _ = block(*options, parent=None).apply(
@@ -343,7 +352,8 @@ class Model(nn.Module):
           return x
         layers = blocks.variables["params"], is_full
         layers = jax.tree.map(lambda p: p[first : last + 1], layers)
-        return jax.lax.scan(step, x, layers)[0]
+        x, _ = jax.lax.scan(step, reorder(x, order, inverse), layers)
+        return reorder(x, inverse, order)
 
       x, pruned = self._score(
         x.reshape(B, *grid[:1], -1, self.width), grid, run
@@ -504,12 +514,12 @@ def _attend_gathered(qkv, index, inverse):
   _, sets, S = index.shape
   flat = qkv.reshape(B, P, -1)
   picked = jnp.take_along_axis(
-    flat, jnp.minimum(index, P - 1).reshape(B, -1, 1), axis=1
+    flat, index.reshape(B, -1, 1), axis=1, mode="clip"
   )
   mask = (index < P).reshape(B * sets, 1, S)
   y = _attend_rows(picked.reshape(B * sets, S, 3, N, H), mask=mask)
   y = y.reshape(B, sets * S, N * H)
-  y = jnp.take_along_axis(y, inverse[..., None], axis=1)
+  y = jnp.take_along_axis(y, inverse[..., None], axis=1, mode="clip")
   return y.reshape(B, P, N, H)
 
 
@@ -532,25 +542,46 @@ def grid_positions(h: int, w: int, merge: int) -> np.ndarray:
   return grid.transpose(0, 2, 1, 3, 4).reshape(h * w, 2)
 
 
-def to_windows(x, side: int):
-  """[R Y X g ...] -> [R*windows side*side*g ...], zeros beyond the border."""
-  xp = np if isinstance(x, np.ndarray) else jnp
-  R, Y, X, g, *rest = x.shape
-  down, right = -Y % side, -X % side
-  if down or right:
-    x = xp.pad(x, [(0, 0), (0, down), (0, right)] + [(0, 0)] * (1 + len(rest)))
-  x = x.reshape(
-    R, (Y + down) // side, side, (X + right) // side, side, g, *rest
+def window_order(
+  h: int, w: int, merge: int, side: int
+) -> tuple[np.ndarray, Windows]:
+  """Patches of a frame, window by window; how many windows have how many.
+
+  Args:
+    side: of a window in merged tokens; the right and lower ones are cut there.
+
+  Returns:
+    i64[h*w], numbers of patches in merge-group order, and (windows, patches in
+    each) from the largest to the smallest.
+  """
+  row, column = np.divmod(np.arange(h * w // merge**2), w // merge)
+  _, window, count = np.unique(
+    row // side * w + column // side, return_inverse=True, return_counts=True
   )
-  x = xp.swapaxes(x, 2, 3)
-  return x.reshape(-1, side * side * g, *rest)
+  groups = np.lexsort((window, -count[window]))
+  order = groups[:, None] * merge**2 + np.arange(merge**2)
+  sizes, windows = np.unique(count * merge**2, return_counts=True)
+  kinds = zip(windows[::-1].tolist(), sizes[::-1].tolist(), strict=True)
+  return order.reshape(-1), tuple(kinds)
 
 
-def from_windows(x, side: int, Y: int, X: int):
-  """Inverse of to_windows: [R*windows side*side*g ...] -> [R Y X g ...]."""
-  rest = x.shape[2:]
-  down, right = -(-Y // side), -(-X // side)
-  g = x.shape[1] // side**2
-  x = x.reshape(-1, down, right, side, side, g, *rest)
-  x = jnp.swapaxes(x, 2, 3)
-  return x.reshape(-1, down * side, right * side, g, *rest)[:, :Y, :X]
+def reorder(
+  x: Float[Array, "R S D"],
+  order: Array | None,
+  inverse: Array | None,
+) -> Float[Array, "R S D"]:
+  """x[:, order], of i64[S]; its gradient is a gather too, by the inverse."""
+  if order is None or np.all(np.diff(order) == 1):  # as it lies
+    return x
+  return _gathered(x, order, inverse)
+
+
+@jax.custom_vjp
+def _gathered(x, order, inverse):
+  return jnp.take(x, order, axis=1, mode="clip")
+
+
+_gathered.defvjp(
+  lambda x, order, inverse: (_gathered(x, order, inverse), (order, inverse)),
+  lambda kept, g: (_gathered(g, *kept[::-1]), None, None),
+)

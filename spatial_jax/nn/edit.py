@@ -87,20 +87,24 @@ def along(
   return jnp.einsum("btk,kd->btd", share, w, precision="highest")
 
 
-def split_rows(edits: Edits, parts: int) -> Edits:
-  """Edits of [B T D] for a stack that reads it as [B*parts T/parts D]."""
+def split_rows(edits: Edits, parts: int, order: Array) -> Edits:
+  """Edits of [B T D] for a stack that reads it as [B*parts T/parts D].
+
+  Args:
+    order: i64[T/parts], in which it reads the tokens of each part.
+  """
   if edits is None or not isinstance(edits, Edit):
-    return edits and tuple(split_rows(edit, parts) for edit in edits)
+    return edits and tuple(split_rows(edit, parts, order) for edit in edits)
   B, T = edits.mask.shape
 
   def rows(x):
     if x is None:
       return None
     x = jnp.broadcast_to(x, (B, T, x.shape[-1]))
-    return x.reshape(B * parts, T // parts, -1)
+    return x.reshape(B * parts, T // parts, -1)[:, order]
 
   return edits._replace(
-    mask=edits.mask.reshape(B * parts, -1),
+    mask=edits.mask.reshape(B * parts, -1)[:, order],
     replace=rows(edits.replace),
     add=rows(edits.add),
   )

@@ -143,5 +143,5 @@ def restore(
   K = x.shape[1]
   place = jnp.cumsum(~dropped, axis=1) - 1
   there = ~dropped & (place < K)
-  y = jnp.take_along_axis(x, jnp.clip(place, 0, K - 1)[..., None], axis=1)
+  y = jnp.take_along_axis(x, place[..., None], axis=1, mode="clip")
   return jnp.where(there[..., None], y, 0)
