@@ -88,10 +88,18 @@ def next_token_chunked(
   Args:
     tokens: most whose logits a device holds at once. To read and write the
       kernel's gradient, each part takes as long as for some 500 tokens more.
+
+  Raises:
+    ValueError: `tokens` is less than 1.
   """
+  if tokens < 1:
+    raise ValueError(
+      f"config.model.loss_tokens={tokens}: expected how many tokens' logits a "
+      "device may hold, 1 or more, or 0 for all"
+    )
   B, T, _ = hidden.shape
   parts = -(-sharding.own_rows(B) * T // tokens)
-  chunks = min(1 << (parts - 1).bit_length(), T)  # lengths are powers of 2
+  chunks = min(1 << (parts - 1).bit_length(), T)  # most lengths divide
   if missing := -T % chunks:
     hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, missing)))

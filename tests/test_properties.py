@@ -193,6 +193,8 @@ def test_a_chunked_loss_equals_the_whole_loss(tokens, parts):
   log_p = jax.nn.log_softmax(hidden @ kernel)
   chosen = np.take_along_axis(np.asarray(log_p), labels[..., None], -1)[..., 0]
   close(want[0][0], -3 * np.sum(chosen * weight) / np.sum(weight))
+  with pytest.raises(ValueError, match="loss_tokens=-1"):
+    losses.next_token_chunked(*arguments[:2], labels, weight, -1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

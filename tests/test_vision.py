@@ -58,10 +58,13 @@ def test_windows_as_reshapes_equal_masked_attention(h, w):
     dtype="float32",
   )
   qkv = patches(3, h * w, 3, 2, 4)
-  got = jax.jit(block._attend_windows)(jnp.asarray(qkv), None)
+  bias = patches(3, h * w)
+  got = jax.jit(block._attend_windows)(jnp.asarray(qkv), jnp.asarray(bias))
   window = qwen_vit.grid_positions(h, w, 2)[order] // 4
   same = np.all(window[:, None] == window[None], axis=-1)
-  want = jax.jit(attentions.attention)(*np.moveaxis(qkv, 2, 0), same[None])
+  want = jax.jit(attentions.attention)(
+    *np.moveaxis(qkv, 2, 0), same[None], bias[:, None]
+  )
   close(got, want)
 
 

@@ -40,7 +40,7 @@ from spatial_jax import hf, sharding
 from spatial_jax.data import vision
 from spatial_jax.models.llm import remat
 from spatial_jax.nn import edit as edits
-from spatial_jax.nn import pruning, rope, scorer
+from spatial_jax.nn import pruning, rope, scorer, slots
 from spatial_jax.nn.attention import READ, attention, share
 from spatial_jax.nn.layers import (
   Dense,
@@ -331,10 +331,10 @@ class Model(nn.Module):
     pruned = {}
     if self.prune is None or self.is_initializing():
       number = None if edit is None else jnp.arange(self.layers)
-      x = reorder(x, order, inverse)
+      x = _reordered(x, order, inverse)
       x, xs = blocks(x, is_full, rotary, layout, None, number, edit)
-      x = reorder(x, inverse, order)
-      xs = reorder(xs.reshape(-1, *x.shape[1:]), inverse, order)
+      x = _reordered(x, inverse, order)
+      xs = _reordered(xs.reshape(-1, *x.shape[1:]), inverse, order)
       out["vit/blocks"] = xs.reshape(self.layers, B, P, self.width)
     if self.prune is not None:
 
@@ -352,8 +352,8 @@ class Model(nn.Module):
           return x
         layers = blocks.variables["params"], is_full
         layers = jax.tree.map(lambda p: p[first : last + 1], layers)
-        x, _ = jax.lax.scan(step, reorder(x, order, inverse), layers)
-        return reorder(x, inverse, order)
+        x, _ = jax.lax.scan(step, _reordered(x, order, inverse), layers)
+        return _reordered(x, inverse, order)
 
       x, pruned = self._score(
         x.reshape(B, *grid[:1], -1, self.width), grid, run
@@ -565,23 +565,9 @@ def window_order(
   return order.reshape(-1), tuple(kinds)
 
 
-def reorder(
-  x: Float[Array, "R S D"],
-  order: Array | None,
-  inverse: Array | None,
-) -> Float[Array, "R S D"]:
-  """x[:, order], of i64[S]; its gradient is a gather too, by the inverse."""
-  if order is None or np.all(np.diff(order) == 1):  # as it lies
+def _reordered(x, order, inverse):
+  """[R S D] with S in another order, of which None is the one it has."""
+  if order is None or np.all(np.diff(order) == 1):
     return x
-  return _gathered(x, order, inverse)
-
-
-@jax.custom_vjp
-def _gathered(x, order, inverse):
-  return jnp.take(x, order, axis=1, mode="clip")
-
-
-_gathered.defvjp(
-  lambda x, order, inverse: (_gathered(x, order, inverse), (order, inverse)),
-  lambda kept, g: (_gathered(g, *kept[::-1]), None, None),
-)
+  rows = (np.broadcast_to(i, (x.shape[0], i.size)) for i in (order, inverse))
+  return slots.pick(x, *rows)
