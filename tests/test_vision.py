@@ -79,6 +79,13 @@ def test_a_static_grid_equals_index_arrays(window):
   got, ragged = run(model, params, x, layout=arrays)
   close(got, want)
   close(ragged["vit/tokens"], out["vit/tokens"])
+
+  def slope(**places):
+    return jax.grad(
+      lambda x: jnp.sum(jnp.sin(run(model, params, x, **places)[0]))
+    )
+
+  close(slope(layout=arrays)(x), slope(grid=grid)(x))
   # An image's tokens don't depend on what else is in the row, nor on padding.
   other = [(1, 2, 4), grid]
   sizes = vision.bucket(vision.layout_sizes([other], side=window // 4))
