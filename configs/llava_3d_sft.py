@@ -80,7 +80,7 @@ def _scenes(c: ConfigDict, arg: ConfigDict) -> None:
     {
       "variant": arg.variant,
       "dtype": "bfloat16",
-      "remat": "full",
+      "remat": "products",
       "loss_tokens": 4096,
     }
   )

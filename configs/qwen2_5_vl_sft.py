@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "variant": arg.variant,
       "dtype": "bfloat16",
-      "remat": "full",
+      "remat": "products",
       "loss_tokens": 4096,  # 152k logits each: never all at once
     }
   )

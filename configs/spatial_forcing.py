@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = common.defaults()
   is_oft = arg.policy == "openvla_oft"
   c.model_name = "openvla_oft" if is_oft else "pi0"
-  c.model = ConfigDict({"dtype": "bfloat16", "remat": "full"})
+  c.model = ConfigDict({"dtype": "bfloat16", "remat": "products"})
   c.init_parts = ConfigDict({"teacher": ""})
   (_oft if is_oft else _pi0)(c, arg)
   if arg.force:

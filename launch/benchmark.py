@@ -2,13 +2,14 @@
 """Speed beside the PyTorch reference, on this machine, in one run.
 
   python launch/benchmark.py cpu
-  python launch/benchmark.py gpu --rows=forward,decode
+  python launch/benchmark.py gpu --rows=forward,decode --out=FILE
 
 Writes the suite's section of launch/BENCHMARKS.md, and all figures to
-runs/benchmark/SUITE.json; with `--rows` the figures alone. How times are taken
-is in launch/speed/harness.py, what is timed in launch/speed/rows.py. Without a
-GPU the second suite is listed as not measured; `--toy` runs its code on any
-machine, in one process.
+runs/benchmark/SUITE.json. With `--rows` these rows join the figures there, and
+a table is written if `--out` says where: a suite can be measured in parts. How
+times are taken is in launch/speed/harness.py, what is timed in
+launch/speed/rows.py. Without a GPU the second suite is listed as not measured;
+`--toy` runs its code on any machine, in one process.
 """
 
 from __future__ import annotations
@@ -70,10 +71,14 @@ def run(suite: str, chosen: list, args, device: str) -> list[dict]:
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
   results, peak = [], vendor_peak(device)
   side = harness.Local if args.toy else harness.Process
+  home = args.workdir / suite
+  shutil.rmtree(home, ignore_errors=True)
   for number, row in enumerate(chosen):
     print(f"[{number + 1}/{len(chosen)}] {row.name} ...", flush=True)
-    folder = args.workdir / suite / f"row{number}"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = home / harness.weights(row)
+    for other in home.glob("weights-*"):
+      if other != folder:  # those of a model fill a small disk
+        shutil.rmtree(other)
     if ".peer:" in row.peer and not importlib.util.find_spec("transformers"):
       row = row._replace(peer="")
     try:
@@ -89,6 +94,7 @@ def run(suite: str, chosen: list, args, device: str) -> list[dict]:
       if args.toy:
         raise
       print(error, file=sys.stderr)
+      shutil.rmtree(folder, ignore_errors=True)  # perhaps half written
       last = str(error).strip().splitlines()[-1]
       result = {"name": row.name, "status": f"failed: {last[:200]}"}
     if row.name.startswith("product") and peak is None:
@@ -97,8 +103,16 @@ def run(suite: str, chosen: list, args, device: str) -> list[dict]:
       peak = max(s.get("flops_per_second", 0.0) for s in sides) or None
     print(table.line(row, result), flush=True)
     results.append(result)
-    shutil.rmtree(folder, ignore_errors=True)
+  shutil.rmtree(home, ignore_errors=True)
   return results
+
+
+def known(path: pathlib.Path) -> dict[str, dict]:
+  """Results of earlier runs with these versions, by the key of their row."""
+  if not path.exists():
+    return {}
+  record = json.loads(path.read_text())
+  return record["rows"] if record["versions"] == versions() else {}
 
 
 def main(argv=None) -> list[dict]:
@@ -130,15 +144,17 @@ def main(argv=None) -> list[dict]:
   else:
     results = run(args.suite, chosen, args, device)
   args.workdir.mkdir(parents=True, exist_ok=True)
+  path = args.workdir / f"{args.suite}.json"
+  by_row = table.by_row(chosen, results)
+  if args.rows:
+    by_row = known(path) | by_row
   head = about(given, device)
-  record = {"about": head, "versions": versions(), "rows": results}
-  text = json.dumps(record, indent=2) + "\n"
-  (args.workdir / f"{args.suite}.json").write_text(text)
+  record = {"about": head, "versions": versions(), "rows": by_row}
+  path.write_text(json.dumps(record, indent=2) + "\n")
   out = args.out
   if out is None and not args.toy and not args.rows:
     out = ROOT / "launch" / "BENCHMARKS.md"
   if out is not None:
-    by_row = table.by_row(chosen, results)
     empty = {
       name: "\n" + table.section(make(), {}, ["Not measured yet."]) + "\n"
       for name, make in rows.SUITES.items()

@@ -62,7 +62,7 @@ def generate(
       tuple(sharding.compiler_options(few_rows=x).items())
       for x in (False, True)
     )
-  keep = (sharding.platform() or jax.default_backend()) != "cpu"
+  keep = (sharding.platform() or jax.default_backend()) == "tpu"
   read, write = _programs(*options, keep=keep)
   cache, found = read(model, params, dict(batch), max_new_tokens)
   tokens, lengths, _ = write(
@@ -85,7 +85,7 @@ def generate(
 def _programs(of_read, of_write, *, keep):
   """`_read` and `_write`, compiled with these options.
 
-  With `keep` the cache is written where it lies.
+  With `keep` the stacks of layers stay, and the cache is written where it lies.
   """
   names = "model max_new_tokens stop_ids temperature top_p pad_id keep"
   write = jax.jit(
@@ -200,8 +200,8 @@ def _write(
 def apart(params: Any, cache: Any) -> tuple[Any, Any]:
   """Parameters and cache of a decoder by layer, without their stacks.
 
-  On CPU, XLA copies a layer out of its stack before it multiplies with it: a
-  token would move all weights three times.
+  On CPU and GPU, XLA copies a layer out of its stack before it multiplies with
+  it: a token would move all weights three times.
   """
   if "llm" in params:
     inner, cache = apart(params["llm"], cache)

@@ -100,6 +100,21 @@ def apply(params: Any, updates: Any, state: Any) -> Any:
   return jax.tree.map(lambda p, m: m.astype(p.dtype), params, state.master)
 
 
+def _in_float32(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """State in float32 from the start, as gradients are, whatever parameters are.
+
+  Moments would begin in the parameters' type and change theirs in the first
+  step, so that the second one is compiled anew.
+  """
+
+  def init(params):
+    return tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+  return optax.GradientTransformation(init, tx.update)
+
+
 def _with_master(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
@@ -202,5 +217,5 @@ def make(config: ConfigDict, steps: int, params: Any) -> Optimizer:
   parts.append(_scale(subset(factors, trainable)))
   parts.append(optax.scale_by_learning_rate(schedule))
   tx = optax.chain(*parts)
-  tx = _with_master(tx) if config.master else tx
+  tx = _with_master(tx) if config.master else _in_float32(tx)
   return Optimizer(tx, schedule, trainable)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import pathlib
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def program(folder, case):
   return Program(lambda: sum(range(case["work"])), outputs, 0.1)
 
 
-def sides(loss, work, monkeypatch, tmp_path):
+def sides(loss, work, monkeypatch, tmp_path, **more):
   monkeypatch.setitem(__import__("sys").modules, "sides_of_test", benchmark)
   monkeypatch.setattr(benchmark, "program", program, raising=False)
   make = "sides_of_test:program"
@@ -63,22 +64,68 @@ def sides(loss, work, monkeypatch, tmp_path):
     make,
     peer_case={"loss": loss, "work": work},
     most=0.5,
+    **more,
   )
   return row, harness.measure(row, tmp_path, side=harness.Local)
 
 
-def test_a_ratio_is_ours_over_theirs(monkeypatch, tmp_path):
-  row, result = sides([1.0, 2.0], 100_000, monkeypatch, tmp_path)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_ratio_is_ours_over_theirs(monkeypatch, tmp_path, alone):
+  row, result = sides([1.0, 2.0], 100_000, monkeypatch, tmp_path, alone=alone)
   assert result["difference"] == 0
   assert result["ratio/wall"]["median"] < 0.1 and result["met"]
   assert "| yes |" in table.line(row, result)
 
 
-def test_sides_that_disagree_have_no_times(monkeypatch, tmp_path):
-  row, result = sides([1.0, 2.001], 1000, monkeypatch, tmp_path)
+@pytest.mark.parametrize("alone", [False, True])
+def test_sides_that_disagree_have_no_times(monkeypatch, tmp_path, alone):
+  row, result = sides([1.0, 2.001], 1000, monkeypatch, tmp_path, alone=alone)
   assert result["status"].startswith("refused")
   assert "ours" not in result and "ratio/wall" not in result
   assert "refused" in table.line(row, result)
+
+
+def test_sides_that_are_alone_end_before_the_next_begins(monkeypatch, tmp_path):
+  events = []
+
+  class Side(harness.Local):
+    def __init__(self, make, case, folder, threads, cache):
+      super().__init__(make, case, folder, threads)
+      events.append(("start", case["work"], bool(cache)))
+
+    def close(self):
+      events.append("close")
+
+  monkeypatch.setattr(harness, "Local", Side)
+  sides([1.0, 2.0], 2000, monkeypatch, tmp_path, alone=True)
+  ours, peer = ("start", 1000, True), ("start", 2000, True)
+  turns = [ours, peer, peer, ours]
+  assert events[:8:2] == turns and events[1:8:2] == ["close"] * 4
+
+
+def test_a_suite_is_measured_in_parts(monkeypatch, tmp_path):
+  every = [harness.Row(name, "sides:made", {}) for name in ("one", "two")]
+  monkeypatch.setitem(rows.SUITES, "cpu", lambda: every)
+  told = iter(("first", "second", "third"))
+  monkeypatch.setattr(
+    harness, "measure", lambda row, *_, **__: {"status": next(told)}
+  )
+  out = tmp_path / "table.md"
+  for part in ("one", "two", "two"):
+    given = [f"--rows={part}", f"--out={out}", f"--workdir={tmp_path}"]
+    benchmark.main(["cpu", *given])
+  lines = [x for x in out.read_text().splitlines() if x.startswith("| ")]
+  assert "first" in lines[1] and "third" in lines[2]
+
+
+def test_rows_of_one_model_share_its_weights():
+  reading = [row for row in rows.gpu() if row.writer]
+  order = [(harness.weights(row), row.name) for row in reading]
+  # One model after another: only the last one's are kept.
+  models = [[name for _, name in g] for _, g in groupby(order, lambda x: x[0])]
+  assert [len(names) for names in models] == [6, 5]
+  assert all("3b" in name for name in models[0])
+  assert all("7b" in name for name in models[1])
 
 
 def test_the_log_and_other_suites_survive_an_update(tmp_path):

@@ -145,7 +145,7 @@ def test_decoding_inside_another_program_gives_the_same_tokens():
   np.testing.assert_array_equal(got, want)
 
 
-def test_off_the_cpu_a_cache_is_written_where_it_lies():
+def test_on_a_tpu_a_cache_is_written_where_it_lies():
   batch = prompts([8, 6], "left")
   want, _ = generate(MODEL, params(), batch, max_new_tokens=4, stop_ids=())
   read, write = decoding._programs((), (), keep=True)

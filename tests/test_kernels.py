@@ -69,6 +69,46 @@ def test_splash_on_a_mesh_of_all_axes():
   np.testing.assert_allclose(got, want, atol=3e-5)
 
 
+def test_cudnn_is_told_what_a_causal_mask_hides(monkeypatch):
+  T = 24
+  told = []
+
+  def plain(*heads, implementation, **more):
+    assert implementation == "cudnn"
+    told.append("is_causal" in more)
+    return dot_product_attention(*heads, implementation="xla", **more)
+
+  dot_product_attention = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+  behind = jnp.asarray([[1] * T, [1] * 17 + [0] * 7, [0] * T])
+  before = jnp.asarray([[0] * 5 + [1] * (T - 5)] * 3)
+  parts = jnp.asarray([[1] * 9 + [2] * (T - 9)] * 3)
+  masks = [attention.packed_mask(x, x) for x in (behind, before, parts)]
+  masks += [masks[0][:1], masks[0] | True]
+  inputs = arrays(4, 3, T, T, 4, 2, 16)
+
+  def total(heads, read, mask):
+    out = read(*heads, mask)
+    return jnp.sum(jnp.sin(out)), out
+
+  for mask in masks:
+    got, want = (
+      jax.jit(jax.grad(total, has_aux=True), static_argnums=1)(
+        inputs, read, mask
+      )
+      for read in (
+        lambda *x: kernels.cudnn(*x, causal=True),
+        attention.attention,
+      )
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, want
+    )
+  assert set(told) == {True, False}  # both branches
+  taken = [bool(kernels._causal_lengths(mask)[1]) for mask in masks]
+  assert taken == [True, False, False, True, False]
+
+
 @pytest.mark.parametrize(
   "length, want", [(64, 128), (1564, 1664), (3584, 3584), (25104, 25600)]
 )

@@ -74,6 +74,12 @@ def main() -> None:
     os.sched_setaffinity(0, usable)
     os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
 
+  # Both sides of a row may hold memory of one GPU: each takes what it needs.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+  if spec["cache"]:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = spec["cache"]
+
   def answer(**values):
     answers.write(json.dumps(values) + "\n")
     answers.flush()

@@ -13,6 +13,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,12 +41,27 @@ class Row(NamedTuple):
   quantile: float = 1.0  # of the differences, that must be within
   unit: str = ""  # what `units` of a program count
   calls: int = 3  # per round; 0: the notes are the result
+  alone: bool = False  # both at once don't fit on the device
+
+
+def weights(row: Row) -> str:
+  """Name of a folder that rows share if both sides read the same weights."""
+  case = {k: row.case.get(k) for k in ("text", "vision", "dtype")}
+  text = json.dumps([row.writer, case], sort_keys=True)
+  return f"weights-{zlib.crc32(text.encode()):08x}"
 
 
 class Process:
   """A side in a process of its own."""
 
-  def __init__(self, make: str, case: dict, folder: pathlib.Path, threads: int):
+  def __init__(
+    self,
+    make: str,
+    case: dict,
+    folder: pathlib.Path,
+    threads: int,
+    cache: str = "",
+  ):
     self.path = folder / f"{make.replace(':', '.')}.npz"
     self._log = self.path.with_suffix(".log")
     spec = {
@@ -55,6 +71,7 @@ class Process:
       "folder": str(folder),
       "outputs": str(self.path),
       "threads": threads,
+      "cache": cache,
     }
     self._process = subprocess.Popen(
       [sys.executable, child.__file__, json.dumps(spec)],
@@ -92,8 +109,15 @@ class Process:
 class Local:
   """A side in this process, for tests."""
 
-  def __init__(self, make: str, case: dict, folder: pathlib.Path, threads: int):
-    del threads
+  def __init__(
+    self,
+    make: str,
+    case: dict,
+    folder: pathlib.Path,
+    threads: int,
+    cache: str = "",
+  ):
+    del threads, cache
     self._program = child.build(make, case, str(folder))
 
   def ready(self) -> dict:
@@ -159,21 +183,22 @@ def measure(
   if row.peer:
     makes["peer"] = row.peer, row.peer_case or row.case
   result: dict[str, Any] = {"name": row.name, "status": "measured"}
-  sides, told = {}, {}
-  try:
-    for name, (make, case) in makes.items():
-      # One after the other: both would compile at once.
-      sides[name] = side(make, case, folder, threads)
-      told[name] = sides[name].ready()
-    if row.peer and row.tolerance is not None:
-      gap = difference(*(s.outputs() for s in sides.values()), row.quantile)
-      result["difference"] = gap
-      if not gap <= row.tolerance:
-        return result | {"status": "refused: the sides' numbers disagree"}
-    times = _alternate(sides, row.calls, rounds) if row.calls else {}
-  finally:
-    for one in sides.values():
-      one.close()
+  run = _in_turns if row.alone else _beside
+
+  def agree(sides):
+    if not row.peer or row.tolerance is None:
+      return True
+    gap = difference(*(sides[name] for name in makes), row.quantile)
+    result["difference"] = gap
+    return gap <= row.tolerance
+
+  def start(name, cache=""):
+    return side(*makes[name], folder, threads, cache)
+
+  found = run(list(makes), start, agree, row.calls, rounds, folder)
+  if found is None:
+    return result | {"status": "refused: the sides' numbers disagree"}
+  told, times = found
   for name, info in told.items():
     result[name] = _summary(info, times.get(name), peak)
   if row.peer and times:
@@ -183,15 +208,46 @@ def measure(
   return result
 
 
-def _alternate(sides, calls, rounds):
-  times = {name: [] for name in sides}
-  for one in sides.values():
-    one.time(1)  # warm
+def _beside(names, start, agree, calls, rounds, folder):
+  """(what sides told, their times); both wait for their turns."""
+  del folder
+  sides, told = {}, {}
+  try:
+    for name in names:
+      # One after the other: both would compile at once.
+      sides[name] = start(name)
+      told[name] = sides[name].ready()
+    if not agree({name: one.outputs() for name, one in sides.items()}):
+      return None
+    times = {name: [] for name in names}
+    for one in sides.values():
+      if calls:
+        one.time(1)  # warm
+    for number in range(rounds if calls else 0):
+      for name in names if number % 2 == 0 else names[::-1]:
+        times[name].append(sides[name].time(calls))
+  finally:
+    for one in sides.values():
+      one.close()
+  return told, times if calls else {}
+
+
+def _in_turns(names, start, agree, calls, rounds, folder):
+  """The same, each turn in a process that ends with it."""
+  told, outputs, times = {}, {}, {name: [] for name in names}
   for number in range(rounds):
-    order = list(sides) if number % 2 == 0 else list(sides)[::-1]
-    for name in order:
-      times[name].append(sides[name].time(calls))
-  return times
+    for name in names if number % 2 == 0 else names[::-1]:
+      one = start(name, str(folder / "compiled"))
+      try:
+        info = one.ready()
+        told.setdefault(name, info)
+        outputs.setdefault(name, one.outputs())
+        times[name].append(one.time(calls))
+      finally:
+        one.close()
+    if number == 0 and not agree(outputs):
+      return None
+  return told, times
 
 
 def _ratio(times, kind):

@@ -122,11 +122,12 @@ def updates(c: ConfigDict, model, mod, params, batch):
 
 
 def step(folder: pathlib.Path, case: dict) -> Program:
-  """The trainer's own update, with AdamW, clipping and its metrics."""
+  """The trainer's own update, with AdamW, clipping and its metrics.
+
+  Parameters of half precision are stepped as they are, like the peer's.
+  """
   model, mod, params, batch = load(folder, case)
-  c = config(case)
-  c.optimizer.master = case["dtype"] == "bfloat16"
-  run = updates(c, model, mod, params, batch)
+  run = updates(config(case), model, mod, params, batch)
   start = time.perf_counter()
   losses = [float(run()["loss"])]
   first = time.perf_counter() - start

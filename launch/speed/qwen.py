@@ -7,8 +7,10 @@ A batch has `rows` rows of `length` tokens; the first tokens of a row are its
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -151,12 +153,17 @@ def write(folder: pathlib.Path, outputs: Any, case: dict) -> None:
   from safetensors.numpy import save_file
 
   folder.mkdir(parents=True, exist_ok=True)
-  rng = np.random.default_rng(0)
-  dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-  tensors = {
-    o.name: draw(o.name, o.shape, rng).astype(dtype[case["dtype"]])
-    for o in outputs
-  }
+  dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[case["dtype"]]
+  outputs = list(outputs)
+  seeds = np.random.SeedSequence(0).spawn(len(outputs))
+
+  def make(output, seed):
+    rng = np.random.default_rng(seed)
+    return draw(output.name, output.shape, rng).astype(dtype)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    made = pool.map(make, outputs, seeds)
+    tensors = {o.name: x for o, x in zip(outputs, made, strict=True)}
   save_file(tensors, folder / "model.safetensors", {"format": "pt"})
   (folder / "config.json").write_text(json.dumps(published_config(case)))
 

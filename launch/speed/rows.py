@@ -72,6 +72,7 @@ def qwen_rows(prefix, case, bars, name, **peer):
         most=bar,
         # bfloat16 rounds what either side adds up in another order.
         tolerance=1e-4 if case["dtype"] == "float32" else 2e-2,
+        alone=kind == "step" and case["dtype"] != "float32",
         **shared,
       )
     )
@@ -156,7 +157,9 @@ def rest(sizes: dict) -> list[Row]:
   bars = sizes["bars"]
   rows = [
     single(
-      f"VGGT {case['variant']}, {case['frames']} frame(s) of {case['side']}",
+      f"VGGT {case['variant']}, {case['frames']} frame(s) of "
+      + (f"{case['height']} x " if "height" in case else "")
+      + str(case["side"]),
       "systems:vggt",
       case,
       bar,
@@ -256,8 +259,20 @@ CPU_SIZES = {
 }
 GPU_SIZES = {
   "vggt": [
-    ({"variant": "1b", "side": 518, "frames": n, "model": _bf}, f"<= {s} s")
-    for n, s in ((1, 0.03), (10, 0.10), (100, 2.2))
+    (
+      {"variant": "1b", "side": 518, "frames": n, "model": _bf, "height": h},
+      bar,
+    )
+    for n, h, bar in (
+      (1, 518, "<= 0.03 s"),
+      (10, 518, "<= 0.1 s"),
+      # At the vendor's peak it takes 2.18 s.
+      (100, 518, "<= 2.2 s"),
+      # What the published times are of, without the heads: 0.04, 0.14, 3.12 s.
+      (1, 336, "reported"),
+      (10, 336, "reported"),
+      (100, 336, "reported"),
+    )
     for _bf in ({"dtype": "bfloat16"},)
   ],
   "spatial_mllm": {
@@ -268,7 +283,7 @@ GPU_SIZES = {
     "visual": 3128,
     "geometry": (16, 34 * 46, 2048),
     "media": {"frames": 16, "images": 0, "height": 476, "width": 644},
-    "model": {"dtype": "bfloat16", "remat": "full", "loss_tokens": 4096},
+    "model": {"dtype": "bfloat16", "remat": "products", "loss_tokens": 4096},
   },
   "stts": [
     {"frames": n, "drop": 0.5, "side": 9, "width": 2560, "layers": 4}
@@ -310,11 +325,12 @@ def gpu() -> list[Row]:
     for name, more in ((TRANSFORMERS, {}), (COMPILED, {"compile": True})):
       more = {**more, "checkpointing": True}
       rows += qwen_rows(f"Qwen2.5-VL {size}", case, bars, name, **more)
-  prompt = large("3b", length=1536, new=128, images=4)
-  rows += [
-    decode_row("Qwen2.5-VL 3b", {**prompt, "rows": n}, bar)
-    for n, bar in ((1, 3), (32, 2))
-  ]
+    if size == "3b":
+      prompt = large(size, length=1536, new=128, images=4)
+      rows += [
+        decode_row("Qwen2.5-VL 3b", {**prompt, "rows": n}, bar)
+        for n, bar in ((1, 3), (32, 2))
+      ]
   text = large("7b", images=0, length=4096, rows=1)
   text["model"] = {"remat": "full", "loss_tokens": 4096}
   rows.append(

@@ -57,7 +57,8 @@ def vggt(folder: pathlib.Path, case: dict) -> Program:
   options["head_names"] = case.get("heads", ("camera", "depth", "points"))
   config = ConfigDict({"model_name": "vggt", "model": options})
   model, _ = models.build(config)
-  shape = 1, case["frames"], case["side"], case["side"], 3
+  height = case.get("height", case["side"])
+  shape = 1, case["frames"], height, case["side"], 3
   images = jax.random.uniform(jax.random.key(0), shape)
   params = jax.jit(model.init)(jax.random.key(1), images[:, :1])
 

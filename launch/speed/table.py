@@ -86,18 +86,18 @@ def line(row: Row, result: dict[str, Any] | None) -> str:
 def section(rows: list[Row], results: dict, about: list[str]) -> str:
   """Markdown of a suite below its title."""
   head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-  body = [line(row, results.get(_key(row))) for row in rows]
+  body = [line(row, results.get(key(row))) for row in rows]
   return "\n".join([*about, "", *head, *body]) + "\n"
 
 
-def _key(row: Row) -> str:
+def key(row: Row) -> str:
   return f"{row.name} | {row.peer_name}"
 
 
 def by_row(rows: list[Row], results: list[dict]) -> dict[str, dict]:
   """Results by the key of their row."""
   named = zip(rows, results, strict=True)
-  return {_key(row): result for row, result in named}
+  return {key(row): result for row, result in named}
 
 
 def update(path: pathlib.Path, suite: str, text: str, empty: dict) -> None:

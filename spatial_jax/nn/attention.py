@@ -78,13 +78,13 @@ def attention(
     raise ValueError(f"implementation={kind!r} knows no bias; use 'xla'")
   from spatial_jax.nn import kernels  # imports Pallas: only where it is used
 
-  functions = {"splash": kernels.splash, "cudnn": kernels.cudnn}
-  if kind not in functions:
-    raise ValueError(
-      f"implementation={kind!r} is unknown; use auto, xla, "
-      + ", ".join(functions)
-    )
-  return functions[kind](query, key, value, mask)
+  if kind == "cudnn":
+    return kernels.cudnn(query, key, value, mask, causal)
+  if kind == "splash":
+    return kernels.splash(query, key, value, mask)
+  raise ValueError(
+    f"implementation={kind!r} is unknown; use auto, xla, splash, cudnn"
+  )
 
 
 def choose(

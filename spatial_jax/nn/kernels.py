@@ -22,6 +22,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from spatial_jax import sharding
+from spatial_jax.nn.attention import KEPT
 from spatial_jax.types import Array, Bool, Float
 
 LANES = 128
@@ -58,21 +59,74 @@ def cudnn(
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K H"],
   mask: Bool[Array, "#B #T S"] | None = None,
+  causal: bool = False,
 ) -> Float[Array, "B T N H"]:
-  """`attention` by cuDNN: half precision, H a multiple of 8 up to 128."""
+  """`attention` by cuDNN: half precision, H a multiple of 8 up to 128.
+
+  A mask is read as a bias, for which cuDNN computes all scores, and a gradient
+  that nobody wants. Where `causal` promises it, the device looks whether the
+  mask hides no more than that and padding behind the rows; then cuDNN is told
+  so instead, and leaves half of the scores out.
+  """
 
   def local(query, key, value, mask):
-    seen = None
-    if mask is not None:
-      mask, seen = _see_something(mask)
-      shape = (query.shape[0], 1, query.shape[1], key.shape[1])
-      mask = jnp.broadcast_to(mask[:, None], shape)
-    out = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, implementation="cudnn"
+    if mask is None:
+      return _cudnn(query, key, value)
+    if not causal or query.shape[1] != key.shape[1]:
+      return _cudnn_masked(query, key, value, mask)
+    lengths, is_whole = _causal_lengths(mask)
+    return jax.lax.cond(
+      is_whole,
+      lambda *heads: _cudnn_causal(*heads, lengths),
+      lambda *heads: _cudnn_masked(*heads, mask),
+      query,
+      key,
+      value,
     )
-    return out if seen is None else jnp.where(seen[..., None, None], out, 0)
 
   return _sharded(local, query, key, value, mask)
+
+
+def _cudnn(query, key, value, **more):
+  return jax.nn.dot_product_attention(
+    query, key, value, implementation="cudnn", **more
+  )
+
+
+def _cudnn_masked(query, key, value, mask):
+  mask, seen = _see_something(mask)
+  shape = (query.shape[0], 1, query.shape[1], key.shape[1])
+  mask = jnp.broadcast_to(mask[:, None], shape)
+  out = _cudnn(query, key, value, mask=mask)
+  return jnp.where(seen[..., None, None], out, 0)
+
+
+def _causal_lengths(mask):
+  """Tokens of each row of a causal mask [B T T], and whether it is one."""
+  tokens = jnp.arange(mask.shape[-1])
+  lengths = jnp.sum(jnp.diagonal(mask, axis1=1, axis2=2), axis=-1)
+  causal = tokens[:, None] >= tokens[None]
+  valid = tokens[None] < lengths[:, None]
+  return lengths, jnp.all(mask == (causal[None] & valid[:, :, None]))
+
+
+def _cudnn_causal(query, key, value, lengths):
+  valid = jnp.arange(query.shape[1])[None] < lengths[:, None]
+
+  def kept(x):
+    # What is computed of padding, and of its gradients, is not promised.
+    return jnp.where(valid[..., None, None], x, 0)
+
+  lengths = jnp.broadcast_to(jnp.maximum(lengths, 1), query.shape[:1])
+  out = _cudnn(
+    kept(query),
+    kept(key),
+    kept(value),
+    is_causal=True,
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+  )
+  return kept(out)
 
 
 def _sharded(local: Callable, query, key, value, mask):
@@ -186,6 +240,7 @@ def _splash(query, key, value, mask, interpret):
       block_sizes=sizes,
       head_shards=1,
       q_seq_shards=1,
+      residual_checkpoint_name=KEPT,
       interpret=interpret,
     )
     # A traced flag, for a name alone, on which Python would have to decide.

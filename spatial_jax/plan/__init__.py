@@ -4,9 +4,9 @@
   python -m spatial_jax plan --config=FILE[:ARGS] --topology=v5e:4x4
     [--json] [--search] [--serve]
 
-For a TPU topology the training step that `train` runs is compiled with libtpu,
-on any machine. For one GPU ("h100:1") it is traced, not compiled. `--serve`
-plans generation instead; see serve.py.
+The training step that `train` runs is compiled for these chips, on any machine:
+with libtpu for TPUs; for one GPU ("h100:1") by jax's CUDA plugin, and without
+the plugin only traced. `--serve` plans generation instead; see serve.py.
 
 Seconds are a floor, the largest of three: products at the chip's peak, memory
 once through, links at their full rate. Programs reach 60 to 70 percent of it.
@@ -70,7 +70,7 @@ def make(config: Any, topology: chips.Topology) -> summary.Plan:
     "batch": cost.shard_bytes(batch),
   }
   arguments = sum(sizes.values())
-  if topology.is_gpu:
+  if mesh is plain:
     measured = {
       "compiled": False,
       "peak": cost.peak(jaxpr),
@@ -107,17 +107,20 @@ def make(config: Any, topology: chips.Topology) -> summary.Plan:
 
 
 def _meshes(config, topology):
-  """Mesh of a topology, the same without its devices, spec of an example."""
-  if topology.is_gpu:
+  """Mesh of a topology, the same without its devices, spec of an example.
+
+  Both meshes are one where no compiler for these devices is installed.
+  """
+  devices = chips.devices(topology)
+  if not devices:
     mesh = plain = AbstractMesh(
       (1,) * len(sharding.MESH_AXES),
       sharding.MESH_AXES,
       axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
     )
   else:
-    mesh = sharding.mesh(
-      **config.mesh.to_dict(), devices=chips.devices(topology)
-    )
+    axes = {} if topology.is_gpu else config.mesh.to_dict()
+    mesh = sharding.mesh(**axes, devices=devices)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     plain = _without_platform(mesh)
   return mesh, plain, _example(config)

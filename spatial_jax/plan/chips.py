@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chips, their published figures, and topologies of TPUs that aren't here."""
+"""Chips, their published figures, and topologies that aren't here."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ SIZES = {
 
 # libtpu asks these where no TPU is, and is silent with them.
 _ENVIRONMENT = {
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of the driver, that isn't there
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any name it knows
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -58,6 +59,53 @@ _ENVIRONMENT = {
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+
+
+# What XLA compiles for an NVIDIA GPU by, where there is none.
+_GPU = """
+platform_name: "CUDA"
+device_description_str: "{name}"
+dnn_version_info {{ major: 9 minor: 8 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} }}
+  core_count: {cores}
+  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {most_shared}
+  l2_cache_size: {l2}
+  clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+  shared_memory_per_block: 49152
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  fpus_per_core: {units}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+"""
+_HOPPER = {
+  "major": 9,
+  "cores": 132,
+  "shared": 233472,
+  "most_shared": 232448,
+  "l2": 50 * 2**20,
+  "clock": 1.98,
+  "units": 128,
+}
+_AMPERE = {
+  "major": 8,
+  "cores": 108,
+  "shared": 167936,
+  "most_shared": 166912,
+  "l2": 40 * 2**20,
+  "clock": 1.41,
+  "units": 64,
+}
+_GPUS = {"a100": _AMPERE, "h100": _HOPPER, "h200": _HOPPER}
 
 
 class Topology(NamedTuple):
@@ -118,12 +166,31 @@ def parse(text: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """Devices of a TPU topology, to compile for; none need be here."""
+  """Devices of a topology, to compile for; none need be here.
+
+  Empty for a GPU where jax's CUDA plugin, which has the compiler, isn't
+  installed.
+  """
   from jax.experimental import topologies
 
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")
+  if topology.is_gpu:
+    chip = topology.chip
+    text = _GPU.format(
+      name=topology.kind,
+      bandwidth=int(chip.bandwidth),
+      memory=int(chip.hbm),
+      **_GPUS[topology.kind],
+    )
+    try:
+      found = topologies.get_topology_desc(
+        "", "cuda", target_config=text, topology="1x1x1"
+      )
+    except NotImplementedError:
+      return []
+    return list(found.devices)
   try:
     import libtpu  # noqa: F401
   except ImportError:

@@ -72,8 +72,8 @@ def make(
   """Plan of config.batch_size rows of config.data.length tokens.
 
   Args:
-    mesh: of the topology; on a GPU nothing is compiled.
-    plain: the same without devices.
+    mesh: of the topology.
+    plain: the same without devices; where both are one, nothing is compiled.
   """
   system = systems.build(config, example, config.batch_size)
   if not hasattr(system.model, "init_cache"):
@@ -116,7 +116,7 @@ def make(
   for name, call in calls.items():
     flops = cost.flops(traced[name], chip.matrix)
     wire = 0.0
-    if topology.is_gpu:
+    if mesh is plain:
       peak = cost.peak(traced[name])
       measured = {"compiled": False, "peak": peak, "collectives": {}}
     else:
@@ -126,6 +126,10 @@ def make(
       if name == "prefill":
         cache = _placed(cache, program.output_shardings[1])
         kept = cost.shard_bytes(cache)
+    if topology.is_gpu and name == "decode":
+      # There `generate` has layers and cache once more, out of their stacks.
+      stacks = shapes.get("llm", shapes)["blocks"]
+      measured["peak"] += cost.shard_bytes(stacks) + kept
     moved = sum(size for _, size in measured["collectives"].values())
     padded = flops.padded / topology.count
     phases[name] = Phase(
