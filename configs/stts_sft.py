@@ -9,9 +9,10 @@
 `variant=4b|8b` fine-tunes all of Molmo2 on conversations about videos
 (spatial_jax/data/molmo2_videos.py): `init` is a folder with the published
 weights and tokenizer.json, `root` where the videos are; the scorer is new. A
-row has two videos of 64 frames and up to 2251 other tokens for each; 9686 are
-left for the decoder at `drop=0.5`, as published. The ViT's last blocks compute
-72 frames of 128 then; a batch for which that is too few takes all.
+row has two videos (`videos=4`: four) of 64 frames and up to 2251 other tokens
+for each; 9686 are left for the decoder at `drop=0.5`, as published. The ViT's
+last blocks compute 72 frames of 128 then; a batch for which that is too few
+takes all.
 
 Without a variant it is a tiny model from scratch: 2000 steps of 16 rooms, seen
 in 4 frames of 64 x 64 pixels. The ViT drops `drop` of the 64 tokens of each
@@ -44,7 +45,14 @@ QUESTIONS = {
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = common.parse_arg(
-    arg, drop=0.5, variant="tiny", init="", data="", root="", test=False
+    arg,
+    drop=0.5,
+    variant="tiny",
+    init="",
+    data="",
+    root="",
+    videos=2,
+    test=False,
   )
   if not 0 <= arg.drop < 1:
     raise ValueError(f"drop={arg.drop}: expected a share from 0 to below 1")
@@ -65,7 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def _videos(c: ConfigDict, arg: ConfigDict) -> None:
   from spatial_jax.data import stts
 
-  videos, frames, groups, words = 2, 64, 81, 2251
+  videos, frames, groups, words = arg.videos, 64, 81, 2251
   c.steps, c.batch_size = 6250, 64
   c.model = ConfigDict(
     {

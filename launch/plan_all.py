@@ -5,7 +5,8 @@
 
 Each row is a process of its own, one at a time: 1 to 6 minutes of a CPU core
 and 2 to 6 GB each. Rows whose process fails or takes longer keep their place in
-the table, with the reason. Needs `pip install 'spatial-jax[tpu]'` and no TPU.
+the table, with the reason. Needs `pip install 'spatial-jax[tpu,cuda]'`, and no
+chip.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ ROWS = (
   ("LLaVA-3D-7B", "llava_3d_sft.py:stage=2", "v5p:2x2x4", ()),
   ("Molmo2-8B, STTS 50 %", "stts_sft.py:variant=8b", "v5p:4x4x4", _CUBE),
   ("pi0 and VGGT", "spatial_forcing.py:policy=pi0", "v5p:2x2x4", ()),
+  *(
+    (what, recipe, "h200:1", (f"--config.batch_size={rows}",))
+    for what, recipe, rows in (
+      ("Qwen2.5-VL-3B", "qwen2_5_vl_sft.py:variant=3b", 4),
+      ("Spatial-MLLM v1.1", "spatial_mllm_sft.py:variant=v1_1", 4),
+      ("Molmo2-4B, STTS 50 %", "stts_sft.py:variant=4b", 1),
+    )
+  ),
   *(
     (
       f"Qwen2.5-VL-3B, {chips} chips",

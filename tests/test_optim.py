@@ -228,6 +228,22 @@ def test_a_master_has_moments_of_what_is_trained_only():
   assert {x.dtype.name for x in names.values()} == {"float32", "int32"}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("master", [False, True])
+def test_a_step_keeps_the_types_of_its_state(name, master):
+  # Another type would be another program in the second step.
+  start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+  made = optim.make(config(name=name, master=master), 10, start)
+  state = made.tx.init(start)
+  grads = jax.tree.map(lambda x: x.astype(jnp.float32), start)
+  updates, after = jax.eval_shape(made.tx.update, grads, state, start)
+  values = jax.eval_shape(optim.apply, start, updates, after)
+  for one, two in ((state, after), (start, values)):
+    assert jax.tree.map(lambda x: x.dtype, one) == jax.tree.map(
+      lambda x: x.dtype, two
+    )
+
+
 def test_muon_refuses_vectors():
   c = config(name="muon")
   c.muon.matrices = ((".*", True),)

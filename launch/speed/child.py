@@ -74,8 +74,10 @@ def main() -> None:
     os.sched_setaffinity(0, usable)
     os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
 
-  # Both sides of a row may hold memory of one GPU: each takes what it needs.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  # Two sides share a GPU's memory, each takes what it needs; all of it in one
+  # piece, which holds the most, is for a side that is alone.
+  alone = str(bool(spec["cache"])).lower()
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", alone)
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
   if spec["cache"]:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = spec["cache"]

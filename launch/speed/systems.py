@@ -19,6 +19,7 @@ from launch import prune_bench
 from launch.speed import ours, qwen
 from launch.speed.program import Program
 from spatial_jax import models, optim
+from spatial_jax.data import stts as stts_rows
 
 
 def timed(run, calls: int = 1) -> float:
@@ -110,6 +111,52 @@ def spatial_mllm(folder: pathlib.Path, case: dict) -> Program:
   tokens = np.full((case["rows"], case["length"]), 9, np.int32)
   tokens[:, : case["visual"]] = model.video_token
   batch = jax.device_put(fill(mod.INPUTS(c), tokens))
+
+  @jax.jit
+  def init(batch):
+    params = model.init(jax.random.key(0), **mod.arguments(batch))["params"]
+    if c.optimizer.master:
+      params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    return params
+
+  run = ours.updates(c, model, mod, init(batch), batch)
+  start = time.perf_counter()
+  loss = float(run()["loss"])
+  first = time.perf_counter() - start
+  return Program(run, {"loss": np.array([loss])}, first)
+
+
+def pruned(folder: pathlib.Path, case: dict) -> Program:
+  """A training step of STTS's recipe, which prunes unless `drop` is 0."""
+  del folder
+  recipe = importlib.import_module("configs.stts_sft")
+  options = {k: case[k] for k in ("variant", "drop", "videos") if k in case}
+  text = ",".join(f"{name}={value}" for name, value in options.items())
+  c = recipe.get_config(text)
+  c.batch_size, B = case["rows"], case["rows"]
+  model, mod = models.build(c)
+  inputs, T = mod.INPUTS(c), c.data.length
+  count = case.get("videos", 1)
+  row = np.full((count, T // count), 9, np.int32)
+  row[:, : case["visual"]] = model.image_token
+  tokens = np.full(T, 9, np.int32)
+  tokens[: row.size] = row.reshape(-1)
+  batch = fill(inputs, np.repeat(tokens[None], B, axis=0))
+  if "videos" in inputs:
+    share = np.minimum(np.arange(T) // row.shape[1], count - 1)
+    frames = np.repeat(np.arange(1, count + 1), c.data.frames // count)
+    kept = stts_rows.kept_mask(
+      share + 1,
+      frames,
+      groups=c.data.videos.groups,
+      drop=case["drop"],
+      length=c.data.kept,
+    )
+    given = {"segments": share + 1, "videos": frames, "kept_mask": kept}
+    given["mutual"] = tokens == model.image_token
+    for name, x in given.items():
+      batch[name] = np.repeat(x[None], B, axis=0).astype(batch[name].dtype)
+  batch = jax.device_put(batch)
 
   @jax.jit
   def init(batch):

@@ -68,7 +68,7 @@ def attention(
   """
   kind = implementation
   if kind == "auto":
-    kind = choose(query, key, bias is not None, mask is not None)
+    kind = choose(query, key, bias is not None)
   if kind == "xla":
     square = mask is not None and mask.shape[1] == key.shape[1] > 1
     with jax.named_scope(CAUSAL if square else SCORES):
@@ -87,9 +87,7 @@ def attention(
   )
 
 
-def choose(
-  query: Any, key: Any, has_bias: bool = False, has_mask: bool = False
-) -> str:
+def choose(query: Any, key: Any, has_bias: bool = False) -> str:
   """Implementation for such arrays on the mesh in force; without one, xla."""
   if has_bias or min(query.shape[1], key.shape[1]) < _LEAST:
     return "xla"
@@ -98,9 +96,7 @@ def choose(
     return "splash"
   head = query.shape[-1]
   half = query.dtype in (jnp.bfloat16, jnp.float16)
-  # Under a mask, cuDNN's gradient refuses odd lengths.
-  odd = has_mask and (query.shape[1] % 2 or key.shape[1] % 2)
-  if platform in ("gpu", "cuda") and half and not odd and head % 8 == 0:
+  if platform in ("gpu", "cuda") and half and head % 8 == 0:
     return "cudnn" if head <= _CUDNN_HEAD else "xla"
   return "xla"
 

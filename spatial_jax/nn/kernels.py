@@ -70,12 +70,15 @@ def cudnn(
   """
 
   def local(query, key, value, mask):
+    T, S = query.shape[1], key.shape[1]
+    query, key, value = (_even(x, 1) for x in (query, key, value))
     if mask is None:
-      return _cudnn(query, key, value)
+      return _cudnn_whole(query, key, value, T, S)[:, :T]
+    mask = _even(mask, 2) if mask.shape[1] == 1 else _even(_even(mask, 2), 1)
     if not causal or query.shape[1] != key.shape[1]:
-      return _cudnn_masked(query, key, value, mask)
+      return _cudnn_masked(query, key, value, mask)[:, :T]
     lengths, is_whole = _causal_lengths(mask)
-    return jax.lax.cond(
+    out = jax.lax.cond(
       is_whole,
       lambda *heads: _cudnn_causal(*heads, lengths),
       lambda *heads: _cudnn_masked(*heads, mask),
@@ -83,6 +86,7 @@ def cudnn(
       key,
       value,
     )
+    return out[:, :T]
 
   return _sharded(local, query, key, value, mask)
 
@@ -91,6 +95,25 @@ def _cudnn(query, key, value, **more):
   return jax.nn.dot_product_attention(
     query, key, value, implementation="cudnn", **more
   )
+
+
+def _even(x, axis):
+  """Zeros behind an odd length, of which cuDNN has no gradient."""
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = 0, x.shape[axis] % 2
+  return jnp.pad(x, pad)
+
+
+def _cudnn_whole(query, key, value, T, S):
+  """All queries see the first S keys; the first T are wanted."""
+  if (query.shape[1], key.shape[1]) == (T, S):
+    return _cudnn(query, key, value)
+  lengths = {
+    name: jnp.full(query.shape[0], count, jnp.int32)
+    for name, count in (("query", T), ("key_value", S))
+  }
+  lengths = {f"{name}_seq_lengths": x for name, x in lengths.items()}
+  return _cudnn(query, key, value, **lengths)
 
 
 def _cudnn_masked(query, key, value, mask):

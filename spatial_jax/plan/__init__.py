@@ -49,6 +49,8 @@ def main(
   plan = find(config, target) if search else make(config, target)
   write = summary.as_json if json else summary.as_text
   print(write(plan), flush=True)
+  if not (json or plan.fits) and config.model.get("remat") == "products":
+    print("with --config.model.remat=full activations need less", flush=True)
   return plan
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from spatial_jax import sharding
 from spatial_jax.plan import hlo
 
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # numbers of the options in malloc.h
@@ -34,7 +35,7 @@ def measure(
   # Nobody runs this program, and its seconds are to be those of compiling.
   jax.config.update("jax_enable_compilation_cache", False)
   try:
-    program = function.lower(*arguments).compile()
+    program = function.lower(*arguments).compile(_options())
   except jax.errors.JaxRuntimeError as error:
     raise _too_large(error) from error
   finally:
@@ -55,6 +56,12 @@ def measure(
     * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
   }
   return figures, sum(one.wire for one in found), program
+
+
+def _options():
+  """Products by NVIDIA's library: others are tried out on the GPU itself."""
+  is_gpu = sharding.platform() in ("gpu", "cuda")
+  return {"xla_gpu_enable_triton_gemm": False} if is_gpu else None
 
 
 def share_memory() -> None:
