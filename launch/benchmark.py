@@ -140,7 +140,7 @@ def main(argv=None) -> list[dict]:
   results = []
   if device is None:
     print("no GPU here: the suite is listed as not measured")
-    chosen, device = [], "No GPU was at hand: nothing here is measured"
+    chosen = []
   else:
     results = run(args.suite, chosen, args, device)
   args.workdir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,9 @@ def main(argv=None) -> list[dict]:
   by_row = table.by_row(chosen, results)
   if args.rows:
     by_row = known(path) | by_row
-  head = about(given, device)
+  head = ["No GPU was at hand: nothing here is measured."]
+  if device is not None:
+    head = about(given, device)
   record = {"about": head, "versions": versions(), "rows": by_row}
   path.write_text(json.dumps(record, indent=2) + "\n")
   out = args.out

@@ -129,6 +129,7 @@ def test_blocks_pad_little(length, want):
 def test_the_mesh_chooses_and_not_the_backend():
   long = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
   short = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+  token = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
   assert attention.choose(long, long) == "xla"  # no mesh
   kinds = {}
   for platform in ("tpu", "gpu", "cpu"):
@@ -142,6 +143,9 @@ def test_the_mesh_chooses_and_not_the_backend():
     )
     with jax.sharding.use_abstract_mesh(mesh):
       kinds[platform] = attention.choose(long, long)
-      assert attention.choose(short, short) == "xla"
+      window = "cudnn" if platform == "gpu" else "xla"
+      assert attention.choose(short, short) == window
+      assert attention.choose(short, short, has_mask=True) == "xla"
+      assert attention.choose(token, short) == "xla"  # a token's
       assert attention.choose(long, long, has_bias=True) == "xla"
   assert kinds == {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}

@@ -128,9 +128,11 @@ def spatial_mllm(case, bar):
 
 def pruned(case, bar="", faster=None):
   make = "launch.speed.systems:pruned"
+  share = f"{100 * case['drop']:.0f} %"
+  frames = f"{64 * case['videos']} frames" if "videos" in case else "rooms"
+  kind = "training step" if case["train"] else "forward and loss"
   return Row(
-    f"STTS at {100 * case['drop']:.0f} %, {case['variant']}, training step, "
-    f"{64 * case.get('videos', 0)} frames",
+    f"STTS at {share}, {case['variant']}, {frames}, {kind}",
     make,
     case,
     make,
@@ -307,10 +309,12 @@ GPU_SIZES = {
   },
   "pruned": [
     (
-      {"variant": "4b", "drop": 0.5, "videos": n, "rows": 1, "visual": 64 * 81},
+      {"variant": "4b", "drop": 0.5, "rows": 1, "visual": 64 * 81}
+      | {"videos": n, "train": train},
       bar,
     )
     for n, bar in ((2, 1.62), (4, 2.25))
+    for train in (True, False)
   ],
   "world": {**CPU_SIZES["world"], "frames": 64},
   "waiting": CPU_SIZES["waiting"],
@@ -354,11 +358,11 @@ def gpu() -> list[Row]:
         decode_row("Qwen2.5-VL 3b", {**prompt, "rows": n}, bar)
         for n, bar in ((1, 3), (32, 2))
       ]
-  text = large("7b", images=0, length=4096, rows=1)
+  text = large("7b", images=0, length=4096)
   text["model"] = {"remat": "full", "loss_tokens": 4096}
   rows.append(
     single(
-      "7b, text alone, training step of 4096 tokens, full remat",
+      "7b, text alone, training step of 4 x 4096 tokens, full remat",
       "ours:step",
       text,
       "MFU >= 57.8 %",
@@ -395,7 +399,13 @@ def toy(suite: str) -> list[Row]:
       decode_row("toy", {**case, "new": 3}, 3),
       single("toy VGGT", "systems:vggt", {**tiny, "model": low}, ""),
       spatial_mllm(mixed, "")._replace(name="toy Spatial-MLLM step"),
-      pruned({"variant": "tiny", "drop": 0.5, "rows": 1, "visual": 64}),
+      *(
+        pruned(
+          {"variant": "tiny", "drop": 0.5, "rows": 1, "visual": 64}
+          | {"train": train}
+        )
+        for train in (True, False)
+      ),
     ]
   sizes = {
     **CPU_SIZES,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from configs import common
@@ -20,6 +21,7 @@ from launch.speed import ours, qwen
 from launch.speed.program import Program
 from spatial_jax import models, optim
 from spatial_jax.data import stts as stts_rows
+from spatial_jax.plan import cost
 
 
 def timed(run, calls: int = 1) -> float:
@@ -93,6 +95,35 @@ def fill(inputs: dict, tokens: np.ndarray) -> dict[str, np.ndarray]:
   return out | {"segments": np.ones_like(tokens)}
 
 
+def shapes(c: ConfigDict, model, mod, batch):
+  """A training step, and the shapes of its state."""
+  params = jax.eval_shape(
+    lambda b: model.init(jax.random.key(0), **mod.arguments(b))["params"],
+    batch,
+  )
+  optimizer = optim.make(c.optimizer, 1000, params)
+  trained = optim.subset(params, optimizer.trainable)
+  state = {
+    "params": params,
+    "opt": jax.eval_shape(optimizer.tx.init, trained),
+    "step": jax.ShapeDtypeStruct((), jnp.int32),
+  }
+  return ours.make_update(c, model, mod, optimizer), state
+
+
+def flops(c: ConfigDict, model, mod, batch) -> float:
+  """Of a training step: causal attention counts half, recomputing not."""
+  # Without a platform attention is products.
+  mesh = jax.sharding.get_abstract_mesh()
+  plain = AbstractMesh(
+    mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types
+  )
+  with jax.sharding.use_abstract_mesh(plain):
+    update, state = shapes(c, model, mod, batch)
+    jaxpr = cost.trace(jax.jit(update), state, batch)
+  return cost.flops(jaxpr, 1).model
+
+
 def spatial_mllm(folder: pathlib.Path, case: dict) -> Program:
   """A training step as published; `cached` has VGGT's tokens in the batch."""
   del folder
@@ -123,11 +154,12 @@ def spatial_mllm(folder: pathlib.Path, case: dict) -> Program:
   start = time.perf_counter()
   loss = float(run()["loss"])
   first = time.perf_counter() - start
-  return Program(run, {"loss": np.array([loss])}, first)
+  outputs = {"loss": np.array([loss])}
+  return Program(run, outputs, first, flops=flops(c, model, mod, batch))
 
 
 def pruned(folder: pathlib.Path, case: dict) -> Program:
-  """A training step of STTS's recipe, which prunes unless `drop` is 0."""
+  """Training step or loss of STTS's recipe, pruned unless `drop` is 0."""
   del folder
   recipe = importlib.import_module("configs.stts_sft")
   options = {k: case[k] for k in ("variant", "drop", "videos") if k in case}
@@ -165,11 +197,20 @@ def pruned(folder: pathlib.Path, case: dict) -> Program:
       params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     return params
 
-  run = ours.updates(c, model, mod, init(batch), batch)
+  params, counted = init(batch), 0.0
+  if case["train"]:
+    counted = flops(c, model, mod, batch)
+    run = ours.updates(c, model, mod, params, batch)
+  else:
+    loss = jax.jit(lambda p, b: mod.loss(model, p, b, train=False)[0])
+
+    def run():
+      return {"loss": loss(params, batch).block_until_ready()}
+
   start = time.perf_counter()
-  loss = float(run()["loss"])
+  outputs = {"loss": np.array([float(run()["loss"])])}
   first = time.perf_counter() - start
-  return Program(run, {"loss": np.array([loss])}, first)
+  return Program(run, outputs, first, flops=counted)
 
 
 def stts(folder: pathlib.Path, case: dict) -> Program:
@@ -193,17 +234,7 @@ def compiling(folder: pathlib.Path, case: dict) -> Program:
   def seconds():
     jax.clear_caches()
     start = time.perf_counter()
-    params = jax.eval_shape(
-      lambda b: model.init(jax.random.key(0), **mod.arguments(b))["params"],
-      batch,
-    )
-    optimizer = optim.make(c.optimizer, 1000, params)
-    state = {
-      "params": params,
-      "opt": jax.eval_shape(optimizer.tx.init, params),
-      "step": jax.ShapeDtypeStruct((), jnp.int32),
-    }
-    update = ours.make_update(c, model, mod, optimizer)
+    update, state = shapes(c, model, mod, batch)
     jax.jit(update, donate_argnums=0).lower(state, batch).compile()
     return time.perf_counter() - start
 

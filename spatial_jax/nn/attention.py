@@ -26,7 +26,8 @@ _MASKED = -1e30
 # Scores that `unmasked` holds at once: 1 GiB in float32.
 _MOST_SCORES = 2**28
 # Rows with fewer queries or keys aren't worth a kernel: a window of 64 patches.
-_LEAST = 256
+# Without a mask it is worth cuDNN's, which writes no scores.
+_LEAST, _LEAST_CUDNN = 256, 64
 # Most parts of the queries under a causal mask, and fewest queries of a part:
 # (1 + 1 / parts) / 2 of the scores are computed.
 _PARTS, _PART = 8, 48
@@ -68,7 +69,7 @@ def attention(
   """
   kind = implementation
   if kind == "auto":
-    kind = choose(query, key, bias is not None)
+    kind = choose(query, key, bias is not None, mask is not None)
   if kind == "xla":
     square = mask is not None and mask.shape[1] == key.shape[1] > 1
     with jax.named_scope(CAUSAL if square else SCORES):
@@ -87,16 +88,20 @@ def attention(
   )
 
 
-def choose(query: Any, key: Any, has_bias: bool = False) -> str:
+def choose(
+  query: Any, key: Any, has_bias: bool = False, has_mask: bool = False
+) -> str:
   """Implementation for such arrays on the mesh in force; without one, xla."""
-  if has_bias or min(query.shape[1], key.shape[1]) < _LEAST:
+  platform, length = sharding.platform(), min(query.shape[1], key.shape[1])
+  is_gpu = platform in ("gpu", "cuda")
+  least = _LEAST_CUDNN if is_gpu and not has_mask else _LEAST
+  if has_bias or length < least:
     return "xla"
-  platform = sharding.platform()
   if platform == "tpu":
     return "splash"
   head = query.shape[-1]
   half = query.dtype in (jnp.bfloat16, jnp.float16)
-  if platform in ("gpu", "cuda") and half and head % 8 == 0:
+  if is_gpu and half and head % 8 == 0:
     return "cudnn" if head <= _CUDNN_HEAD else "xla"
   return "xla"
 
