@@ -38,6 +38,22 @@ def test_a_masked_kernel_fits_a_core(heads, size):
     gradient.lower(*arguments[0], arguments[1]).compile()
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("tokens", [1374, 1569, 3000])
+def test_padded_rows_fit_a_core(topology, tokens):
+  # Frames of VGGT at 518 x 518 and 476 x 644, rows of more than one block.
+  mesh = sharding.mesh(devices=chips.devices(chips.parse(topology)))
+  x = jax.ShapeDtypeStruct((4, tokens, 16, 64), jnp.bfloat16)
+
+  def total(q, k, v):
+    return jnp.sum(kernels.splash(q, k, v).astype(jnp.float32))
+
+  with jax.set_mesh(mesh):
+    x = x.update(sharding=sharding.batch_sharding(mesh))
+    for function in (total, jax.grad(total, (0, 1, 2))):
+      jax.jit(function).lower(x, x, x).compile()
+
+
 def test_full_width_step_compiles_as_predicted():
   config = qwen2_5_vl_sft.get_config("variant=3b")
   # What takes time is the number of different layers and their width.

@@ -31,6 +31,8 @@ LANES = 128
 _BLOCK, _ONE_BLOCK = 1024, 1664
 # Rows where each block of the mask is read, too, as int32: two of them at once.
 _MASKED_BLOCK = 512
+# Scores of a block where only padding is masked, so that most blocks read none.
+_MOST_SCORES = 2**20
 
 
 def splash(
@@ -234,8 +236,20 @@ def _splash(query, key, value, mask, interpret):
   B, T, N, H = query.shape
   S = key.shape[1]
   is_dynamic = mask is not None and (mask.shape[1] > 1 or T == 1)
-  block_q, rows = blocks(T, _MASKED_BLOCK if is_dynamic else _BLOCK)
   block_k, columns = blocks(S, S if S <= _ONE_BLOCK else _BLOCK)
+  has_mask = is_dynamic or (mask is None and columns > S)
+  longest = _BLOCK
+  if has_mask:
+    longest = _MASKED_BLOCK if is_dynamic else _MOST_SCORES // block_k
+  block_q, rows = blocks(T, min(longest // LANES * LANES, _BLOCK))
+  # The gradient holds four blocks of scores, not one.
+  back_q = block_q
+  if has_mask:
+    back_q = max(
+      size
+      for size in range(LANES, _MASKED_BLOCK + 1, LANES)
+      if rows % size == 0
+    )
   query = (query.astype(jnp.float32) * H**-0.5).astype(key.dtype)
 
   def heads_first(x, length):
@@ -250,10 +264,10 @@ def _splash(query, key, value, mask, interpret):
     block_q=block_q,
     block_kv=block_k,
     block_kv_compute=block_k,
-    block_q_dkv=block_q,
+    block_q_dkv=back_q,
     block_kv_dkv=block_k,
     block_kv_dkv_compute=block_k,
-    block_q_dq=block_q,
+    block_q_dq=back_q,
     block_kv_dq=block_k,
   )
 
