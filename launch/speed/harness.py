@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two programs in turn on one machine: numbers first, then time.
 
-Each side is a process that waits while the other one runs. Rounds alternate,
-each side being first in every second round; a ratio is that of the medians of a
-round, so that a machine which others use slows both.
+Each side is a process that waits while the other one runs, or, where a device
+doesn't hold both, ends before it. Rounds alternate, each side being first in
+every second round; a ratio is that of the medians of a round, so that a machine
+which others use slows both.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -235,9 +237,11 @@ def _beside(names, start, agree, calls, rounds, folder):
 def _in_turns(names, start, agree, calls, rounds, folder):
   """The same, each turn in a process that ends with it."""
   told, outputs, times = {}, {}, {name: [] for name in names}
+  cache = folder / "compiled"
+  shutil.rmtree(cache, ignore_errors=True)  # of a row before
   for number in range(rounds):
     for name in names if number % 2 == 0 else names[::-1]:
-      one = start(name, str(folder / "compiled"))
+      one = start(name, str(cache))
       try:
         info = one.ready()
         told.setdefault(name, info)
