@@ -279,6 +279,12 @@ def test_plan_of_a_gpu_without_its_compiler_traces_only(capsys):
 
 
 @pytest.mark.usefixtures("no_compiler")
+def test_plan_of_views_counts_steps(capsys):
+  found = plan.main(vggt_world.get_config("test"), topology="h100:1")
+  assert found.tokens == 0 and "steps a second" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_serving_on_a_gpu_reads_weights_and_cache_for_each_token(capsys):
   config = qwen2_5_vl_sft.get_config("test")
   config.generate.max_new_tokens = 16

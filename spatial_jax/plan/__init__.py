@@ -103,7 +103,7 @@ def make(config: Any, topology: chips.Topology) -> summary.Plan:
     padded_flops=flops.padded / topology.count,
     predicted=dict(gathered),
     floors=floors,
-    tokens=config.batch_size * config.data.length / topology.count,
+    tokens=config.batch_size * config.data.get("length", 0) / topology.count,
     **measured,
   )
 

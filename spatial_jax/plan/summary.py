@@ -35,7 +35,7 @@ class Plan:
   collectives: dict[str, tuple[int, float]]  # kind -> how many, bytes
   predicted: dict[str, float]  # kind -> bytes, by formula
   floors: dict[str, float]  # what -> seconds
-  tokens: float  # of text and images
+  tokens: float  # of text and images; 0: rows are none of tokens
   compile_seconds: float = 0.0
   compile_cpu_seconds: float = 0.0
   compile_memory: float = 0.0
@@ -102,13 +102,12 @@ def as_text(plan: Plan) -> str:
       f"  {kind}: {count} a step, {gib(size)} GiB"
       for kind, (count, size) in plan.collectives.items()
     ]
-    want = ", ".join(f"{k} {gib(v)}" for k, v in plan.predicted.items())
+    want = ", ".join(f"{k} {gib(v)} GiB" for k, v in plan.predicted.items())
     close = (
       "" if abs(plan.difference) <= _TOLERANCE else "  <- not as predicted"
     )
     lines.append(
-      f"  by formula: {want or 'none'} GiB; compiled {plan.difference:+.1%}"
-      f"{close}"
+      f"  by formula: {want or 'none'}; compiled {plan.difference:+.1%}{close}"
     )
   else:
     lines.append(
@@ -122,6 +121,8 @@ def as_text(plan: Plan) -> str:
     "floor of a step: "
     + ", ".join(f"{k} {v:.3f} s" for k, v in plan.floors.items())
     + f"; bound by {plan.bound}",
-    f"at the floor {plan.tokens_per_second:,.0f} tokens a second and device",
+    f"at the floor {plan.tokens_per_second:,.0f} tokens a second and device"
+    if plan.tokens
+    else f"at the floor {1 / plan.seconds:,.1f} steps a second",
   ]
   return "\n".join(lines)
