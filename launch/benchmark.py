@@ -112,7 +112,7 @@ def known(path: pathlib.Path) -> dict[str, dict]:
   if not path.exists():
     return {}
   record = json.loads(path.read_text())
-  return record["rows"] if record["versions"] == versions() else {}
+  return record.get("by_row", {}) if record["versions"] == versions() else {}
 
 
 def main(argv=None) -> list[dict]:
@@ -144,14 +144,15 @@ def main(argv=None) -> list[dict]:
   else:
     results = run(args.suite, chosen, args, device)
   args.workdir.mkdir(parents=True, exist_ok=True)
-  path = args.workdir / f"{args.suite}.json"
+  # A toy's figures are no suite's: some of its rows have the same names.
+  path = args.workdir / f"{'toy-' * args.toy}{args.suite}.json"
   by_row = table.by_row(chosen, results)
   if args.rows:
     by_row = known(path) | by_row
   head = ["No GPU was at hand: nothing here is measured."]
   if device is not None:
     head = about(given, device)
-  record = {"about": head, "versions": versions(), "rows": by_row}
+  record = {"about": head, "versions": versions(), "by_row": by_row}
   path.write_text(json.dumps(record, indent=2) + "\n")
   out = args.out
   if out is None and not args.toy and not args.rows:

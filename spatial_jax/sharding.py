@@ -186,13 +186,14 @@ def rows_alone(rows: int) -> P | None:
 
 
 def platform() -> str:
-  """What the devices of the mesh in force are: "tpu", "cpu" ...; "" if none.
+  """What the devices of the mesh in force are: "tpu", "gpu" ...; "" if none.
 
   The mesh decides, not the default backend: programs for devices that aren't
   there are traced on a CPU.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return getattr(device, "platform", None) or ""
+  name = getattr(device, "platform", None) or ""
+  return "gpu" if name == "cuda" else name
 
 
 def compiler_options(*, few_rows: bool = False) -> dict[str, str]:

@@ -111,15 +111,7 @@ class Process:
 class Local:
   """A side in this process, for tests."""
 
-  def __init__(
-    self,
-    make: str,
-    case: dict,
-    folder: pathlib.Path,
-    threads: int,
-    cache: str = "",
-  ):
-    del threads, cache
+  def __init__(self, make: str, case: dict, folder: pathlib.Path, *_: Any):
     self._program = child.build(make, case, str(folder))
 
   def ready(self) -> dict:
@@ -194,10 +186,15 @@ def measure(
     result["difference"] = gap
     return gap <= row.tolerance
 
-  def start(name, cache=""):
-    return side(*makes[name], folder, threads, cache)
+  # Where sides start anew for each turn, they compile once all the same.
+  cache = folder / "compiled"
+  shutil.rmtree(cache, ignore_errors=True)  # of a row before
 
-  found = run(list(makes), start, agree, row.calls, rounds, folder)
+  def start(name):
+    kept = str(cache) if row.alone else ""
+    return side(*makes[name], folder, threads, kept)
+
+  found = run(list(makes), start, agree, row.calls, rounds)
   if found is None:
     return result | {"status": "refused: the sides' numbers disagree"}
   told, times = found
@@ -210,9 +207,8 @@ def measure(
   return result
 
 
-def _beside(names, start, agree, calls, rounds, folder):
+def _beside(names, start, agree, calls, rounds):
   """(what sides told, their times); both wait for their turns."""
-  del folder
   sides, told = {}, {}
   try:
     for name in names:
@@ -234,14 +230,12 @@ def _beside(names, start, agree, calls, rounds, folder):
   return told, times if calls else {}
 
 
-def _in_turns(names, start, agree, calls, rounds, folder):
+def _in_turns(names, start, agree, calls, rounds):
   """The same, each turn in a process that ends with it."""
   told, outputs, times = {}, {}, {name: [] for name in names}
-  cache = folder / "compiled"
-  shutil.rmtree(cache, ignore_errors=True)  # of a row before
   for number in range(rounds):
     for name in names if number % 2 == 0 else names[::-1]:
-      one = start(name, str(cache))
+      one = start(name)
       try:
         info = one.ready()
         told.setdefault(name, info)

@@ -290,7 +290,8 @@ GPU_SIZES = {
       (10, 518, "<= 0.1 s"),
       # At the vendor's peak it takes 2.18 s.
       (100, 518, "<= 2.2 s"),
-      # What the published times are of, without the heads: 0.04, 0.14, 3.12 s.
+      # Published times, 0.04, 0.14, 3.12 s, are of the aggregator alone, at a
+      # size that isn't named; pictures of 3 to 2 have this one.
       (1, 336, "reported"),
       (10, 336, "reported"),
       (100, 336, "reported"),

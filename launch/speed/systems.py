@@ -124,6 +124,32 @@ def flops(c: ConfigDict, model, mod, batch) -> float:
   return cost.flops(jaxpr, 1).model
 
 
+def init(c: ConfigDict, model, mod, batch):
+  """Random parameters, in bfloat16 beside a master."""
+
+  @jax.jit
+  def make(batch):
+    params = model.init(jax.random.key(0), **mod.arguments(batch))["params"]
+    if c.optimizer.master:
+      params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    return params
+
+  return make(batch)
+
+
+def started(run, flops: float = 0.0) -> Program:
+  """Program of a function that returns its loss among others."""
+  start = time.perf_counter()
+  outputs = {"loss": np.array([float(run()["loss"])])}
+  first = time.perf_counter() - start
+  return Program(run, outputs, first, flops=flops)
+
+
+def training(c: ConfigDict, model, mod, params, batch) -> Program:
+  run = ours.updates(c, model, mod, params, batch)
+  return started(run, flops(c, model, mod, batch))
+
+
 def spatial_mllm(folder: pathlib.Path, case: dict) -> Program:
   """A training step as published; `cached` has VGGT's tokens in the batch."""
   del folder
@@ -142,20 +168,7 @@ def spatial_mllm(folder: pathlib.Path, case: dict) -> Program:
   tokens = np.full((case["rows"], case["length"]), 9, np.int32)
   tokens[:, : case["visual"]] = model.video_token
   batch = jax.device_put(fill(mod.INPUTS(c), tokens))
-
-  @jax.jit
-  def init(batch):
-    params = model.init(jax.random.key(0), **mod.arguments(batch))["params"]
-    if c.optimizer.master:
-      params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    return params
-
-  run = ours.updates(c, model, mod, init(batch), batch)
-  start = time.perf_counter()
-  loss = float(run()["loss"])
-  first = time.perf_counter() - start
-  outputs = {"loss": np.array([loss])}
-  return Program(run, outputs, first, flops=flops(c, model, mod, batch))
+  return training(c, model, mod, init(c, model, mod, batch), batch)
 
 
 def pruned(folder: pathlib.Path, case: dict) -> Program:
@@ -189,28 +202,11 @@ def pruned(folder: pathlib.Path, case: dict) -> Program:
     for name, x in given.items():
       batch[name] = np.repeat(x[None], B, axis=0).astype(batch[name].dtype)
   batch = jax.device_put(batch)
-
-  @jax.jit
-  def init(batch):
-    params = model.init(jax.random.key(0), **mod.arguments(batch))["params"]
-    if c.optimizer.master:
-      params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    return params
-
-  params, counted = init(batch), 0.0
+  params = init(c, model, mod, batch)
   if case["train"]:
-    counted = flops(c, model, mod, batch)
-    run = ours.updates(c, model, mod, params, batch)
-  else:
-    loss = jax.jit(lambda p, b: mod.loss(model, p, b, train=False)[0])
-
-    def run():
-      return {"loss": loss(params, batch).block_until_ready()}
-
-  start = time.perf_counter()
-  outputs = {"loss": np.array([float(run()["loss"])])}
-  first = time.perf_counter() - start
-  return Program(run, outputs, first, flops=counted)
+    return training(c, model, mod, params, batch)
+  loss = jax.jit(lambda p, b: mod.loss(model, p, b, train=False)[0])
+  return started(lambda: {"loss": loss(params, batch).block_until_ready()})
 
 
 def stts(folder: pathlib.Path, case: dict) -> Program:

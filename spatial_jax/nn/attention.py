@@ -93,22 +93,21 @@ def choose(
 ) -> str:
   """Implementation for such arrays on the mesh in force; without one, xla."""
   platform, length = sharding.platform(), min(query.shape[1], key.shape[1])
-  is_gpu = platform in ("gpu", "cuda")
-  least = _LEAST_CUDNN if is_gpu and not has_mask else _LEAST
+  least = _LEAST_CUDNN if platform == "gpu" and not has_mask else _LEAST
   if has_bias or length < least:
     return "xla"
   if platform == "tpu":
     return "splash"
   head = query.shape[-1]
   half = query.dtype in (jnp.bfloat16, jnp.float16)
-  if is_gpu and half and head % 8 == 0:
+  if platform == "gpu" and half and head % 8 == 0:
     return "cudnn" if head <= _CUDNN_HEAD else "xla"
   return "xla"
 
 
 def _parts(query, key):
   """Of a square under a causal mask; one in programs that count products."""
-  if sharding.platform() not in ("cpu", "gpu", "cuda"):
+  if sharding.platform() not in ("cpu", "gpu"):
     return 1
   context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
   if context > 1 or query.shape[1] != key.shape[1]:

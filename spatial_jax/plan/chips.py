@@ -46,9 +46,9 @@ SIZES = {
   **{name: tuple(_CUBE) for name in ("v4", "v5p", "tpu7x")},
 }
 
-# libtpu asks these where no TPU is, and is silent with them.
+# libtpu asks these where no TPU is, and is silent with them; the last is for
+# jax's CUDA plugin, which asks for a driver.
 _ENVIRONMENT = {
-  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of the driver, that isn't there
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any name it knows
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -58,6 +58,7 @@ _ENVIRONMENT = {
   "TPU_STDERR_LOG_LEVEL": "3",
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 
 

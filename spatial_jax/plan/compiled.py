@@ -60,7 +60,7 @@ def measure(
 
 def _options():
   """Products by NVIDIA's library: others are tried out on the GPU itself."""
-  is_gpu = sharding.platform() in ("gpu", "cuda")
+  is_gpu = sharding.platform() == "gpu"
   return {"xla_gpu_enable_triton_gemm": False} if is_gpu else None
 
 
