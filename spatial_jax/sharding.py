@@ -175,6 +175,12 @@ def own_rows(rows: int) -> int:
   return placed.shard_shape((rows,))[0]
 
 
+def single() -> bool:
+  """Whether one device does all."""
+  current = jax.sharding.get_abstract_mesh()
+  return current.empty or current.size == 1
+
+
 def rows_alone(rows: int) -> P | None:
   """Spec of a batch if every device has rows of its own; or None."""
   current = jax.sharding.get_abstract_mesh()

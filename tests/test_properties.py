@@ -156,7 +156,9 @@ def test_scan_and_recomputation_options_change_no_number():
     outcome(remat="dots")
 
 
-@pytest.mark.parametrize("tokens, parts", [(12, 1), (6, 2), (5, 4), (1, 6)])
+@pytest.mark.parametrize(
+  "tokens, parts", [(0, 1), (12, 1), (6, 2), (5, 4), (1, 6)]
+)
 def test_a_chunked_loss_equals_the_whole_loss(tokens, parts):
   rng = np.random.default_rng(0)
   hidden = rng.normal(size=(2, 6, 8)).astype(np.float32)
@@ -164,19 +166,17 @@ def test_a_chunked_loss_equals_the_whole_loss(tokens, parts):
   labels = rng.integers(0, 11, (2, 6))
   weight = rng.random((2, 6)).astype(np.float32)
 
-  def whole(hidden, kernel, weight):
+  def whole(hidden, kernel):
     loss, metrics = losses.next_token(hidden @ kernel, labels, weight)
     return 3 * loss, metrics
 
-  def chunked(hidden, kernel, weight):
-    loss, metrics = losses.next_token_chunked(
-      hidden, kernel, labels, weight, tokens
-    )
+  def chunked(hidden, kernel):
+    loss, metrics = losses.next_token_of(hidden, kernel, labels, weight, tokens)
     return 3 * loss, metrics
 
-  arguments = hidden, kernel, weight
+  arguments = hidden, kernel
   got, want = (
-    jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*arguments)
+    jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*arguments)
     for f in (chunked, whole)
   )
   jax.tree.map(close, got, want)
@@ -194,7 +194,53 @@ def test_a_chunked_loss_equals_the_whole_loss(tokens, parts):
   chosen = np.take_along_axis(np.asarray(log_p), labels[..., None], -1)[..., 0]
   close(want[0][0], -3 * np.sum(chosen * weight) / np.sum(weight))
   with pytest.raises(ValueError, match="loss_tokens=-1"):
-    losses.next_token_chunked(*arguments[:2], labels, weight, -1)
+    losses.next_token_of(hidden, kernel, labels, weight, -1)
+
+
+@pytest.mark.parametrize("devices, tied", [(1, False), (4, True)])
+@pytest.mark.parametrize("labelled", [0, 1, 64, 65, 200, 300, 385, 512])
+def test_a_loss_reads_about_as_many_tokens_as_have_labels(
+  devices, tied, labelled
+):
+  """512 tokens a device; the first device has as many labels, others one."""
+  rng = np.random.default_rng(labelled)
+  rows, D, V = 4, 8, 11
+  hidden = rng.normal(size=(devices, 512, D)).astype(np.float32)
+  kernel = rng.normal(size=(D, V)).astype(np.float32)
+  labels = rng.integers(0, V, (devices, 512))
+  weight = np.zeros((devices, 512), np.float32)
+  for device, count in enumerate([labelled, 1, 1, 1][:devices]):
+    chosen = rng.permutation(512)[:count]
+    weight[device, chosen] = rng.random(count) + 0.1
+  shape = devices * rows, 512 // rows
+  arrays = hidden.reshape(*shape, D), labels.reshape(shape)
+  hidden, labels, weight = *arrays, weight.reshape(shape)
+
+  def whole(hidden, kernel):
+    loss, metrics = losses.next_token(hidden @ kernel, labels, weight)
+    return 3 * loss, metrics
+
+  def of_labels(hidden, kernel):
+    loss, metrics = losses.next_token_of(
+      hidden, kernel.T if tied else kernel, labels, weight, 200, tied=tied
+    )
+    return 3 * loss, metrics
+
+  def run(function, *arguments):
+    step = jax.value_and_grad(function, (0, 1), has_aux=True)
+    return jax.jit(step)(*arguments)
+
+  want = run(whole, hidden, kernel)
+  # What isn't read can't spoil the rest: numbers that no label needs.
+  least = next(x for x in (64, 128, 256, 384, 512) if labelled <= x)
+  unread = np.flatnonzero(weight[:rows] == 0)[least - labelled :]
+  spoiled = hidden.copy()
+  spoiled.reshape(-1, D)[unread] = np.nan
+  mesh = sharding.mesh(fsdp=devices, devices=jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    jax.tree.map(close, run(of_labels, spoiled, kernel), want)
+    alone = jax.jit(of_labels)(spoiled, kernel)
+  jax.tree.map(close, alone, want[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

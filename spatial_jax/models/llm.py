@@ -492,13 +492,12 @@ def place(
 
 
 def next_token(
-  params: dict,
-  logits: Float[Array, "B T V"],
-  out: Out,
-  batch: Mapping[str, Array],
-  tokens: int = 0,
+  params: dict, out: Out, batch: Mapping[str, Array], tokens: int = 0
 ) -> tuple[Float[Array, ""], losses.Metrics]:
   """Weighted next-token loss of what `Model` has returned.
+
+  Its logits are computed again, a part at a time: under jit, the whole ones
+  never are.
 
   Args:
     params: the decoder's own.
@@ -506,12 +505,12 @@ def next_token(
     tokens: most whose logits a device holds at once; 0: all.
   """
   labels, weight = batch["labels"], batch["loss_weight"]
-  if not tokens:
-    return losses.next_token(logits, labels, weight)
-  # The whole logits are not used then, so that jit never computes them.
-  return losses.next_token_chunked(
-    out["llm/hidden"], head_kernel(params), labels, weight, tokens
-  )
+  if tied := "head" not in params:
+    head = params["embed"]["embedding"]
+  else:
+    head = adapted_kernel(params["head"])
+  arguments = out["llm/hidden"], head, labels, weight, tokens
+  return losses.next_token_of(*arguments, tied=tied)
 
 
 def answer_loss(arguments: Callable[[Mapping[str, Array]], dict[str, Any]]):
@@ -533,19 +532,11 @@ def answer_loss(arguments: Callable[[Mapping[str, Array]], dict[str, Any]]):
     rngs: Any = None,
     train: bool = True,
   ) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
-    logits, out = model.apply(
+    _, out = model.apply(
       {"params": params}, **arguments(batch), train=train, rngs=rngs
     )
-    value, metrics = next_token(
-      params["llm"], logits, out, batch, model.loss_tokens
-    )
+    tokens = model.loss_tokens
+    value, metrics = next_token(params["llm"], out, batch, tokens)
     return value, (metrics, out)
 
   return loss
-
-
-def head_kernel(params: dict) -> Float[Array, "D V"]:
-  """Output projection of a decoder's parameters, tied or not."""
-  if "head" in params:
-    return adapted_kernel(params["head"])
-  return params["embed"]["embedding"].T

@@ -273,18 +273,16 @@ def loss(
   arguments: Callable[[Mapping[str, Array]], dict[str, Any]] = arguments,
 ) -> tuple[Float[Array, ""], tuple[losses.Metrics, Out]]:
   """Weighted next-token loss, (metrics, intermediates)."""
-  logits, out = model.apply(
+  _, out = model.apply(
     {"params": params}, **arguments(batch), train=train, rngs=rngs
   )
   rows, hidden = batch, out
   if "llm/order" in out:  # the head has nothing to say of dropped tokens
     order = out["llm/order"]
     rows = {k: take(batch[k], order) for k in ("labels", "loss_weight")}
-    logits = take(logits, order)
     hidden = {"llm/hidden": take(out["llm/hidden"], order)}
-  value, metrics = llm.next_token(
-    params["llm"], logits, hidden, rows, model.loss_tokens
-  )
+  tokens = model.loss_tokens
+  value, metrics = llm.next_token(params["llm"], hidden, rows, tokens)
   if "prune/temporal" in out:
     metrics["temporal"] = out["prune/temporal"]
     if train:

@@ -238,9 +238,8 @@ def loss(
   left = {name: batch[name] for name in ("labels", "loss_weight")}
   if "llm/order" in out:
     left = {name: take(x, out["llm/order"]) for name, x in left.items()}
-  value, metrics = llm.next_token(
-    params["llm"], out["llm/logits"], out, left, model.loss_tokens
-  )
+  tokens = model.loss_tokens
+  value, metrics = llm.next_token(params["llm"], out, left, tokens)
   if "prune/temporal" in out:
     metrics["temporal"] = out["prune/temporal"]
     weight = batch["loss_weight"], left["loss_weight"]

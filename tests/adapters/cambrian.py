@@ -188,7 +188,7 @@ def train_static(folder, config):
     jax.value_and_grad(lambda p: cambrian.loss(model, p, batch), has_aux=True)
   )
   (value, (_, out)), grads = step(params)
-  logits = out["llm/hidden"] @ llm.head_kernel(params["llm"])
+  logits = out["llm/hidden"] @ params["llm"]["head"]["kernel"]
   valid = inputs["attention_mask"].astype(bool)
   outputs = load_file(folder / "outputs.safetensors")
   got = {
