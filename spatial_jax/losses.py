@@ -18,9 +18,7 @@ from spatial_jax.types import Array, Float, Int
 
 Metrics = dict[str, Array]
 
-# Of a device's tokens, at which logits are computed if they hold all labels.
-EIGHTHS = 1, 2, 4, 6
-FEW = 512  # tokens of a device, of which all are computed
+FEW = 512  # tokens of a device, of which none is left out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -96,9 +94,10 @@ def next_token_of(
 ) -> tuple[Float[Array, ""], Metrics]:
   """`next_token` of hidden @ head, of which unlabelled rows may be left out.
 
-  A device with rows of its own computes the least of `EIGHTHS` of its tokens
-  that holds all labels: questions, images and padding have none. Gradients are
-  computed with the losses, while logits are at hand: no product is done again.
+  A device with rows of its own takes tokens with labels first, a part at a
+  time, and leaves out what is behind them: questions, images and padding.
+  Gradients are computed with the losses, while logits are at hand: no product
+  is done again.
 
   Args:
     head: the kernel, or, `tied`, the table of words; so both gradients of a
@@ -160,79 +159,110 @@ def _on_devices(how, hidden, head, labels, shares):
 
 
 def _of_labelled(how, hidden, head, labels, shares):
-  """`_in_parts` of what `EIGHTHS` says; zeros for the other tokens."""
+  """`_in_parts` of a device's tokens, those with labels in front."""
   B, T = labels.shape
-  run = functools.partial(_in_parts, how)
-  if B * T < FEW:
-    return run(hidden, head, labels, shares)
-  sizes = [B * T * x // 8 for x in EIGHTHS]
+  one = not how[0] or how[0] >= B * T
+  if B * T < FEW or (one and sharding.platform() == "tpu"):
+    return _in_parts(how, hidden, head, labels, shares)
   labelled = (shares != 0).reshape(1, B * T)
-  order, place = slots.in_front(labelled, sizes[-1])
+  order, place = slots.in_front(labelled, B * T)
 
-  def some(size):
-    def there(x):
-      return slots.take(x.reshape(1, B * T, *x.shape[2:]), order[:, :size])
+  def moved(x, order, shape):
+    y = slots.take(x.reshape(1, B * T, *x.shape[2:]), order)
+    return y.reshape(*shape, *x.shape[2:])
 
-    def back(x):
-      y = slots.take(x, jnp.minimum(place, size - 1))
-      y = jnp.where(labelled.reshape(1, -1, *[1] * (x.ndim - 2)), y, 0)
-      return y.reshape(B, T, *x.shape[2:])
-
-    def branch(hidden, head, labels, shares):
-      inputs = there(hidden), head, there(labels), there(shares)
-      parts, of_head = run(*inputs)
-      return tuple(map(back, parts)), of_head
-
-    return attention.share(branch, 0, 1)  # plans are of labels everywhere
-
-  branches = [*map(some, sizes), attention.share(run, 1, 1)]
-  number = jnp.sum(jnp.sum(labelled) > jnp.array(sizes))
-  return jax.lax.switch(number, branches, hidden, head, labels, shares)
+  rows = (moved(x, order, (1, B * T)) for x in (hidden, labels, shares))
+  hidden, labels, shares = rows
+  count = jnp.sum(labelled)
+  parts, of_head = _in_parts(how, hidden, head, labels, shares, count)
+  return tuple(moved(x, place, (B, T)) for x in parts), of_head
 
 
-def _in_parts(how, hidden, head, labels, shares):
-  """As many equal parts of the length as it takes, in turn."""
+def _in_parts(how, hidden, head, labels, shares, labelled=None):
+  """As many equal parts of the length as it takes, in turn.
+
+  What is behind the first `labelled` tokens may be left out: zeros.
+  """
   tokens, tied, gradients = how
-  B, T, _ = hidden.shape
+  B, T, D = hidden.shape
   count = -(-sharding.own_rows(B) * T // tokens) if tokens else 1
   count = min(1 << (count - 1).bit_length(), T)  # most lengths divide
+  size = -(-T // count)
   # On CPUs, rows of 2^14 logits take twice as long to write as columns do.
   words = 0 if sharding.platform() == "cpu" else 1
   side = 0 if tied else 1  # of the head, its words
 
-  def part(total, inputs):
-    shape = inputs[1].shape
-    hidden, labels, shares = (x.reshape(-1, *x.shape[2:]) for x in inputs)
+  def part(total, hidden, labels, shares):
+    shape = labels.shape
+    hidden = hidden.reshape(-1, D)
     kernel = head.astype(hidden.dtype)
     pair = (hidden, 1), (kernel, 1 - side)
     logits = _product(*pair if words else pair[::-1])
-    parts, kept = _token_losses(logits, labels, words)
+    parts, kept = _token_losses(logits, labels.reshape(-1), words)
     if gradients:
-      of_logits, _ = _of_logits(words, kept, (shares,))
+      of_logits, _ = _of_logits(words, kept, (shares.reshape(-1),))
       of_hidden = _product((of_logits, words), (kernel, side))
       of_table = _product((of_logits, 1 - words), (hidden, 0))
-      parts, total = (*parts, of_hidden), total + of_table.astype(head.dtype)
+      of_table = of_table.astype(head.dtype)
+      parts = *parts, of_hidden
+      total = of_table if total is None else total + of_table
     return total, tuple(x.reshape(*shape, *x.shape[1:]) for x in parts)
 
+  def some(length):
+    def branch(total, *inputs):
+      if length:
+        total, parts = part(total, *(x[:, :length] for x in inputs))
+      else:
+        hidden, _, shares = inputs
+        parts = [x[:, :0] for x in (shares, shares, hidden)[: 2 + gradients]]
+        total = nothing if gradients and total is None else total
+      return total, tuple(_longer(x, size) for x in parts)
+
+    # A plan is of labels everywhere.
+    return attention.share(branch, int(length == size), 1)
+
+  def turn(total, inputs):
+    start, *inputs = inputs
+    if labelled is None:
+      return part(total, *inputs)
+    number = jnp.sum(labelled - start > jnp.array(lengths[:-1]))
+    return jax.lax.switch(number, [some(x) for x in lengths], total, *inputs)
+
+  # Each is a program more, for which a TPU's compiler takes 10 s.
+  eighths = (0, 8) if sharding.platform() == "tpu" else (0, 1, 2, 4, 6, 8)
+  lengths = [size * x // 8 for x in eighths]
+
   def split(x):
-    if missing := -T % count:
-      x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(B, count, -1, *x.shape[2:]), 1, 0)
+    x = _longer(x, count * size)
+    return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
   def join(x):
     return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
 
-  total = jnp.zeros(head.shape if tied else head.shape[::-1], head.dtype)
-  inputs = tuple(map(split, (hidden, labels, shares)))
-  total, parts = jax.lax.scan(part, total, inputs)
+  nothing = jnp.zeros(head.shape if tied else head.shape[::-1], head.dtype)
+  inputs = jnp.arange(count) * size, *map(split, (hidden, labels, shares))
+  if count > 1:
+    total = nothing if gradients else None
+    total, parts = jax.lax.scan(turn, total, inputs)
+  else:
+    total, parts = turn(None, [x[0] for x in inputs])
+    parts = [x[None] for x in parts]
+  if not gradients:
+    return tuple(map(join, parts)), None
   if not tied and not words:
-    # The product that is fast writes columns: all in a row, they are turned once,
-    # not by all who read them.
+    # The product that is fast writes columns: in a row, they are turned once
+    # and not by all who read them.
     row = jax.lax.optimization_barrier(total).T.reshape(-1)
     total = jax.lax.optimization_barrier(row).reshape(head.shape)
   elif not tied:
     total = total.T
   return tuple(map(join, parts)), total
+
+
+def _longer(x, length):
+  """With zeros behind, along the second axis."""
+  missing = length - x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
 
 
 def _product(left, right):

@@ -183,15 +183,12 @@ def batch(case: dict) -> dict[str, np.ndarray]:
   ids, _ = positions.mrope(
     tokens[0], grids, image_token=IMAGE, video_token=VIDEO
   )
-  weight = np.ones((B, T), np.float32)
-  weight[:, : max(len(block) - 1, 0)] = 0
-  weight[:, -1] = 0
   out = {
     "tokens": tokens,
     "positions": np.broadcast_to(ids, (B, *ids.shape)).astype(np.int32),
     "segments": np.ones((B, T), np.int32),
     "labels": np.roll(tokens, -1, axis=1),
-    "loss_weight": weight,
+    "loss_weight": _weight(case),
   }
   if case["images"]:
     size = B, case["images"] * side**2, 3 * 2 * PATCH**2
@@ -199,15 +196,29 @@ def batch(case: dict) -> dict[str, np.ndarray]:
   return out
 
 
+def _weight(case):
+  """1 for each token after which a word follows."""
+  weight = np.ones((case["rows"], case["length"]), np.float32)
+  block = ((case["side"] // PATCH // MERGE) ** 2 + 2) * case["images"]
+  weight[:, : max(block - 1, 0)] = 0
+  weight[:, -1] = 0
+  return weight
+
+
 def flops(case: dict, *, train: bool) -> float:
-  """Of one step: causal attention counts half, recomputing not at all."""
+  """Of one step: causal attention counts half, recomputing not at all.
+
+  Nor do logits of tokens without a label, which no loss needs.
+  """
   text, vision = case["text"], case["vision"]
   B, T = case["rows"], case["length"]
   width, head = text["width"], text["width"] // text["heads"]
   linear = 2 * width**2 + 2 * width * text["kv_heads"] * head
   linear += 3 * width * text["mlp"]
   tokens = B * T
-  total = 2 * tokens * (text["layers"] * linear + width * text["vocab"])
+  labelled = float(np.sum(_weight(case)))
+  total = 2 * tokens * text["layers"] * linear
+  total += 2 * labelled * width * text["vocab"]
   total += text["layers"] * 2 * T * tokens * width
   if case["images"]:
     D, side = vision["width"], case["side"] // PATCH
