@@ -20,9 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
   ("types", "trees", "hosts"),
   ("sharding", "geometry"),
-  ("losses",),  # of rows that lie on several devices
   ("optim", "checkpoint", "data", "metrics"),  # these know no model
   ("nn", "world"),
+  ("losses",),  # of the tokens that `nn.slots` puts in front
   ("hf_arrays", "hf_flax", "hf_hub"),
   ("hf_files",),
   ("hf_plan", "hf_write"),
