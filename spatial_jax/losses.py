@@ -96,8 +96,8 @@ def next_token_of(
 
   A device with rows of its own takes tokens with labels first, a part at a
   time, and leaves out what is behind them: questions, images and padding.
-  Gradients are computed with the losses, while logits are at hand: no product
-  is done again.
+  (A TPU leaves out whole parts only.) Gradients are computed with the losses,
+  while logits are at hand: no product is done again.
 
   Args:
     head: the kernel, or, `tied`, the table of words; so both gradients of a
