@@ -18,7 +18,7 @@ from spatial_jax.types import Array, Float, Int
 
 Metrics = dict[str, Array]
 
-FEW = 512  # tokens of a device, of which none is left out
+_FEW = 512  # tokens of a device, of which none is left out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -162,7 +162,7 @@ def _of_labelled(how, hidden, head, labels, shares):
   """`_in_parts` of a device's tokens, those with labels in front."""
   B, T = labels.shape
   one = not how[0] or how[0] >= B * T
-  if B * T < FEW or (one and sharding.platform() == "tpu"):
+  if B * T < _FEW or (one and sharding.platform() == "tpu"):
     return _in_parts(how, hidden, head, labels, shares)
   labelled = (shares != 0).reshape(1, B * T)
   order, place = slots.in_front(labelled, B * T)

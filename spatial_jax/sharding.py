@@ -185,7 +185,7 @@ def rows_alone(rows: int) -> P | None:
   """Spec of a batch if every device has rows of its own; or None."""
   current = jax.sharding.get_abstract_mesh()
   manual = AxisType.Manual in current.axis_types
-  if current.empty or manual or current.size == 1:
+  if single() or manual:
     return None
   alone = own_rows(rows) * current.size == rows
   return spec(["batch"], [rows]) if alone else None

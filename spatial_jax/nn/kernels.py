@@ -157,8 +157,7 @@ def _cudnn_causal(query, key, value, lengths):
 def _sharded(local: Callable, query, key, value, mask):
   """`local` on each device's rows, heads and queries of the mesh in force."""
   mesh = jax.sharding.get_abstract_mesh()
-  manual = not mesh.empty and AxisType.Manual in mesh.axis_types
-  if mesh.empty or manual or mesh.size == 1:
+  if sharding.single() or AxisType.Manual in mesh.axis_types:
     return local(query, key, value, mask)
   axes = ["batch", "length", "act_heads", "head_dim"]
   rows, length, heads, _ = _padded(sharding.spec(axes, query.shape), 4)
